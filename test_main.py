@@ -1,0 +1,221 @@
+"""Tests of main.py: a minute on a CPU, without GPU, dataset or network. Run: python -m pytest"""
+import hashlib
+import io
+import pickle
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+
+DRY = ["--dry-run", "--batch-size", "32", "--workers", "0", "--device", "cpu"]
+ROWS = [(kind, *numbers) for kind, *numbers in zip(  # the 41 rows of the summary
+    "Conv2d BatchNorm2d ReLU Dropout Conv2d BatchNorm2d ReLU Dropout Conv2d BatchNorm2d ReLU Dropout "
+    "Conv2d BatchNorm2d ReLU Dropout Conv2d Conv2d DepthwiseSeparable BatchNorm2d ReLU Dropout Conv2d "
+    "Conv2d DepthwiseSeparable BatchNorm2d ReLU Dropout Conv2d BatchNorm2d ReLU Dropout Conv2d Conv2d "
+    "BatchNorm2d ReLU Dropout Conv2d ReLU Conv2d AvgPool2d".split(),
+    12 * [32] + 11 * [64] + 5 * [128] + 11 * [32] + 2 * [10],
+    8 * [32] + 8 * [16] + 16 * [8] + [6] + 7 * [4] + [1],
+    [864, 64, 0, 0, 9216, 64, 0, 0, 9216, 64, 0, 0, 18432, 128, 0, 0, 576, 4160, 0, 128, 0, 0, 576,
+     8320, 0, 256, 0, 0, 4096, 64, 0, 0, 9216, 9216, 64, 0, 0, 9216, 0, 2880, 0])]
+ROWS[12:16] = [(kind, 64, size, params) for kind, _, size, params in ROWS[12:16]]
+
+
+def random_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def test_network_has_the_layers_of_the_assignment(capsys):
+    net = main.Net()
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in net.parameters()) == 86_816
+    assert main.describe(net) == 83
+    out = capsys.readouterr().out
+    rows = re.findall(r"(\w+)-(\d+) +\[-1, (\d+), (\d+), \4\] +([\d,]+)", out)
+    assert [int(row[1]) for row in rows] == list(range(1, 42))
+    assert [(row[0], int(row[2]), int(row[3]), int(row[4].replace(",", ""))) for row in rows] == ROWS
+    flops, macs, dmas = map(float, re.search(r"([\d.]+) MFLOPs, ([\d.]+) MMACs, ([\d.]+) MD", out).groups())
+    assert (flops, macs, dmas) == pytest.approx((39.34, 19.72, 20.03), rel=0.03)
+    main.print_goals(net, 83, main.transforms()[0], torch.device("cuda"), 87.0)
+    assert "NOT MET" not in capsys.readouterr().out
+    net.gap = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Linear(1, 1))
+    net.transblock2[0][0].groups, net.transblock3[0].dilation, net.transblock3[1].dilation = 1, (1, 1), (1, 1)
+    main.print_goals(net, 52, main.transforms()[0][:3], torch.device("cpu"), 86.9)
+    assert capsys.readouterr().out.count("NOT MET") == 9  # all but the number of parameters
+
+
+def test_receptive_field_is_what_gradients_reach(capsys):
+    net = main.Net().eval()
+    for parameter in net.parameters():
+        torch.nn.init.constant_(parameter, 0.1)  # positive: no contribution cancels another
+    main.describe(net)
+    printed = [int(n) for n in re.findall(r"^\w+ +\w+ +\[\d+, \d+, \d+\] +[\d,]+ +(\d+)$", capsys.readouterr().out, re.M)]
+    image = torch.ones(1, 3, 256, 256, dtype=torch.double, requires_grad=True)
+    reached, x = [], image
+    for block in net.double().children():
+        x = block(x)
+        gradient, = torch.autograd.grad(x[0, 0, x.shape[2] // 2, x.shape[3] // 2], image, retain_graph=True)
+        rows = gradient[0].abs().sum((0, 2)).nonzero()
+        reached.append(int(rows.max() - rows.min()) + 1)
+    assert printed == reached == [5, 7, 11, 15, 23, 55, 71, 83]
+
+
+def test_hole_is_16x16_of_the_mean_colour():
+    dropout = next(t for t in main.transforms()[0] if type(t).__name__ == "CoarseDropout")
+    dropout.p = 1
+    for image in np.full((100, 32, 32, 3), 255, np.uint8):
+        hole = np.argwhere((dropout(image=image)["image"] == (125, 123, 114)).all(axis=2))
+        assert len(hole) == 256 and (np.ptp(hole, axis=0) == 15).all()
+
+
+def test_flip_and_grey_are_independent():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, :16, 0] = 200  # its left half is red
+    dataset = main.AugmentedBatches(np.stack(4000 * [image]), np.zeros(4000, np.int64), 4000, seed=0)
+    for transform in dataset.augment[1:3]:
+        transform.p = 0
+    batch = dataset[1, 1][0] * torch.tensor(main.STD)[:, None, None] + torch.tensor(main.MEAN)[:, None, None]
+    flipped = batch[:, 0, 0, 0] < batch[:, 0, 0, 31]
+    grey = (batch[:, 0] - batch[:, 1]).abs().amax((1, 2)) < 0.01
+    for flip, p_flip in ((flipped, 0.3), (~flipped, 0.7)):
+        for tint in (grey, ~grey):
+            assert (flip & tint).double().mean().item() == pytest.approx(0.5 * p_flip, abs=0.03)
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    images, labels = random_images(50), np.arange(50)
+    dataset = main.AugmentedBatches(images, labels, 16, seed=0)
+    epochs = [torch.cat([dataset[epoch, batch][1] for batch in range(1, 5)]) for epoch in (1, 2)]
+    assert len(dataset) == 4 and all(sorted(epoch.tolist()) == list(range(50)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(dataset[2, 3][0], main.AugmentedBatches(images, labels, 16, seed=0)[2, 3][0])
+    one = main.AugmentedBatches(images[:1], labels[:1], 1, seed=0)
+    assert len({one[epoch, 1][0].numpy().tobytes() for epoch in range(1, 21)}) > 10
+    assert not torch.equal(dataset[1, 1][0], main.AugmentedBatches(images, labels, 16, seed=1)[1, 1][0])
+
+
+@pytest.mark.parametrize("device, precision", [
+    ("cpu", torch.float32), *(pytest.param("cuda", precision, marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU")) for precision in (torch.bfloat16, torch.float16))])
+def test_training_lowers_the_loss(device, precision):
+    torch.manual_seed(0)
+    net = main.Net().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, fused=True)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
+    batch = main.AugmentedBatches(random_images(64), np.arange(64) % 10, 64, seed=0)[1, 1]
+    losses = [main.train(net, iter([batch]), 1, optimizer, scheduler, scaler, precision)[0] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_test_loss_is_a_mean_over_images(capsys):
+    images, labels = torch.randn(1500, 3, 32, 32), torch.arange(1500) % 10
+    net = main.Net()
+    loss, accuracy, right = main.test(net, images, labels)
+    each = torch.nn.functional.cross_entropy(net(images), labels, reduction="none").double()
+    assert loss == pytest.approx(each.mean().item(), rel=1e-5)
+    assert f"Average loss: {loss:.4f}, Accuracy: {right.sum()}/1500 ({accuracy:.2f}%)" in capsys.readouterr().out
+
+
+def test_dry_run_with_any_number_of_workers(tmp_path, capsys):
+    weights = []
+    for workers in ("0", "2"):
+        main.main([*DRY, "--epochs", "3", "--out", str(tmp_path / workers), "--workers", workers])
+        weights.append(torch.load(tmp_path / workers / "best.pt", weights_only=True))
+        main.Net().load_state_dict(weights[-1])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    output = capsys.readouterr()
+    losses = [float(loss) for loss in re.findall(r"Loss=([\d.]+)", output.out)]
+    assert losses[2] < losses[0] - 0.3 and output.err == ""
+    assert re.search(r"Accuracy of plane : +\d+ %", output.out) and "means nothing" in output.out
+    for name in ("curves.png", "dataset_images.png"):
+        assert main.cv2.imread(str(tmp_path / "0" / name)).std() > 20
+
+
+def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path):
+    command = [*DRY, "--epochs", "3", "--out"]
+    main.main([*command, str(tmp_path / "whole")])
+    process = subprocess.Popen([sys.executable, "main.py", *command, str(tmp_path / "killed")],
+                               stdout=subprocess.PIPE, text=True, cwd=Path(main.__file__).parent)
+    for line in process.stdout:
+        if line == "Epoch 2:\n":
+            process.kill()
+    assert len(torch.load(tmp_path / "killed/checkpoint.pt")["history"]) == 1
+    with pytest.raises(SystemExit, match="lr"):
+        main.main([*command, str(tmp_path / "killed"), "--resume", "--lr", "0.2"])
+    main.main([*command, str(tmp_path / "killed"), "--resume"])
+    whole, killed = (torch.load(tmp_path / run / "checkpoint.pt")["model"] for run in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--epochs", "0"], "--epochs"), (["--batch-size", "-1"], "--batch-size"), (["--lr", "nan"], "--lr"),
+    (["--workers", "-1"], "--workers"), (["--seed", "-1"], "--seed"), (["--bogus"], "--bogus"),
+    (["--out", "main.py"], "main.py"), (["--resume", "--out", "empty"], "checkpoint.pt"),
+    (["--resume", "--out", "damaged"], "checkpoint.pt"), (["--lr", "1e9"], "epoch 1"),
+    pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+])
+def test_bad_input_gets_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    for path in ("main.py", "damaged/checkpoint.pt"):
+        (tmp_path / path).write_text("precious")
+    with pytest.raises(SystemExit) as exit:
+        main.main([*DRY, *arguments])
+    assert message in (capsys.readouterr().err if exit.value.code == 2 else exit.value.code)
+    assert (tmp_path / "damaged/checkpoint.pt").read_text() == "precious"
+
+
+def test_download_goes_from_source_to_source(tmp_path, monkeypatch):
+    names = [name for name, _ in main.CIFAR10.train_list + main.CIFAR10.test_list]
+    files = {name: pickle.dumps({"data": random_images(2).reshape(2, -1), "labels": [3, 5]}) for name in names}
+    files["batches.meta"] = pickle.dumps({"label_names": list(main.CLASSES)})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{main.CIFAR10.base_folder}/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/gone":
+                return self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/stalled":
+                time.sleep(1.5)
+            self.wfile.write(buffer.getvalue() if self.path == "/good" else b"rubbish")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(main, "MIRRORS", (f"{url}/gone", f"{url}/stalled", f"{url}/corrupt"))
+    for name, value in {"url": f"{url}/gone", "tgz_md5": hashlib.md5(buffer.getvalue()).hexdigest(),
+                        "train_list": [[name, md5[name]] for name in names[:5]], "test_list": [["test_batch", md5["test_batch"]]],
+                        "meta": {**main.CIFAR10.meta, "md5": md5["batches.meta"]}}.items():
+        monkeypatch.setattr(main.CIFAR10, name, value)
+    with pytest.raises(OSError, match=f"{main.CIFAR10.filename}.*--dry-run"):
+        main.load_cifar10(tmp_path / "data", stall=0.5)
+    assert list(dict.fromkeys(asked)) == ["/gone", "/stalled", "/corrupt"]
+    monkeypatch.setattr(main.CIFAR10, "url", f"{url}/good")
+    images, labels, test_images, _ = main.load_cifar10(tmp_path / "data")
+    assert images.shape == (10, 32, 32, 3) and test_images.shape == (2, 32, 32, 3) and labels[1] == 5
+    asked.clear()
+    main.load_cifar10(tmp_path / "data")
+    assert not asked
