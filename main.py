@@ -63,11 +63,13 @@ class AugmentedBatches(Dataset):
     def __init__(self, images, labels, batch_size, seed):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.augment, self.to_tensor = transforms()
+        self.order = None, None  # the latest epoch asked for, and its shuffled indices
 
     def __getitem__(self, key):
         epoch, batch = key
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-        indices = order[(batch - 1) * self.batch_size:batch * self.batch_size]
+        if epoch != self.order[0]:
+            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
+        indices = self.order[1][(batch - 1) * self.batch_size:batch * self.batch_size]
         seed = (self.seed, epoch, batch)  # Compose(seed=...) would also grey whatever it flips
         self.augment.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
