@@ -68,7 +68,8 @@ class AugmentedBatches(Dataset):
     def __getitem__(self, key):
         epoch, batch = key
         if epoch != self.order[0]:
-            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
+            rng = np.random.default_rng((self.seed, epoch))
+            self.order = epoch, rng.permutation(len(self.labels))
         indices = self.order[1][(batch - 1) * self.batch_size:batch * self.batch_size]
         seed = (self.seed, epoch, batch)  # Compose(seed=...) would also grey whatever it flips
         self.augment.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
@@ -189,26 +190,27 @@ def describe(model):
     once), parameters and outputs. The layers must follow one another.
     """
     x, field, jump, rows, blocks = torch.zeros(1, 3, 32, 32), 1, 1, [], []  # jump: pixel to pixel
-    names = {block: name for name, block in model.named_children()}
 
     def record(layer):
         nonlocal x, field, jump
-        leaf, kind = not any(layer.children()), type(layer).__name__
-        own, params = (sum(p.numel() for p in layer.parameters(deep)) for deep in (False, True))
+        leaf = not any(layer.children())
+        own = sum(p.numel() for p in layer.parameters(recurse=False))
         x = layer(x) if leaf else x
-        shape, size = list(x.shape[1:]), x.numel()
         if hasattr(layer, "kernel_size"):
             field += (np.max(layer.kernel_size) - 1) * np.max(getattr(layer, "dilation", 1)) * jump
             jump *= np.max(layer.stride)
-        if type(layer) not in (nn.Sequential, type(model)):
-            macs = size * layer.weight[0].numel() if own else 0
-            rows.append((own, size, macs, ((macs or size) + own + size) * leaf))
-            print(f"{kind + f'-{len(rows)}':>20}{str([-1, *shape]):>27}{own:>16,}")
-        if layer in names:
-            blocks.append(f"{names[layer]:<13}{kind:<12}{shape!s:<14}{params:>7,}{field:>17}")
+        if type(layer) is not nn.Sequential:
+            macs = x.numel() * layer.weight[0].numel() if own else 0
+            rows.append((own, x.numel(), macs, ((macs or x.numel()) + own + x.numel()) * leaf))
+            name, shape = f"{type(layer).__name__}-{len(rows)}", str([-1, *x.shape[1:]])
+            print(f"{name:>20}{shape:>27}{own:>16,}")
 
     print(f"{'-' * 64}\n{'Layer (type)':>20}{'Output Shape':>27}{'Param #':>16}\n{'=' * 64}")
-    model.eval().apply(record)  # children before parents: in the order in which they run
+    for name, block in model.eval().named_children():
+        block.apply(record)  # children before parents: in the order in which they run
+        kind, shape = type(block).__name__, str(list(x.shape[1:]))
+        params = sum(p.numel() for p in block.parameters())
+        blocks.append(f"{name:<13}{kind:<12}{shape:<14}{params:>7,}{field:>17}")
     params, outputs, macs, dmas = np.sum(rows, axis=0)
     print(f"{'=' * 64}\nTotal params: {params:,}, all trainable\n{'-' * 64}")
     sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
@@ -224,7 +226,7 @@ def print_goals(model, field, augment, device, accuracy):
     kinds = " ".join(type(layer).__name__ for layer in (*model.modules(), *augment))
     convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     named = ("HorizontalFlip", "ShiftScaleRotate", "CoarseDropout", "ToGray")
-    for goal, required, measured, met in (
+    for goal, need, got, met in (
             ("GPU used", "cuda", device.type, device.type == "cuda"),
             ("max pooling layers", "0", n := kinds.count("MaxPool"), n == 0),
             ("receptive field", "> 52", field, field > 52),
@@ -236,7 +238,7 @@ def print_goals(model, field, augment, device, accuracy):
             ("named augmentations", "4", n := sum(map(kinds.count, named)), n == 4),
             ("parameters", "< 100,000", n := sum(p.numel() for p in model.parameters()), n < 1e5),
             ("accuracy on the test images", ">= 87 %", f"{accuracy:.2f} %", accuracy >= 87)):
-        print(f"{goal:<33} required {required:<9} measured {measured:<8}{'' if met else ' NOT'} met")
+        print(f"{goal:<33} required {need:<10} measured {got:<8} {'met' if met else 'NOT met'}")
 
 def draw_images(dataset, path):
     """Write a picture: a column a class, its first training image, below it five augmented."""

@@ -17,7 +17,7 @@ import torch
 
 import main
 
-DRY = ["--dry-run", "--batch-size", "32", "--workers", "0", "--device", "cpu"]
+DRY = ["--dry-run", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
 ROWS = [(kind, *numbers) for kind, *numbers in zip(  # the 41 rows of the summary
     "Conv2d BatchNorm2d ReLU Dropout Conv2d BatchNorm2d ReLU Dropout Conv2d BatchNorm2d ReLU Dropout "
     "Conv2d BatchNorm2d ReLU Dropout Conv2d Conv2d DepthwiseSeparable BatchNorm2d ReLU Dropout Conv2d "
@@ -218,7 +218,7 @@ def test_download_goes_from_source_to_source(tmp_path, monkeypatch):
     assert list(dict.fromkeys(asked)) == ["/gone", "/stalled", "/corrupt", "/original"]
     assert time.monotonic() - start < 10
     monkeypatch.setattr(main.CIFAR10, "url", f"{url}/good")
-    images, labels, test_images, _ = main.load_cifar10(tmp_path / "data")
+    images, labels, test_images, _ = main.load_cifar10(tmp_path / "data", stall=0.5)
     assert images.shape == (10, 32, 32, 3) and test_images.shape == (2, 32, 32, 3) and labels[1] == 5
     asked.clear()
     (tmp_path / "data" / main.CIFAR10.filename).unlink()
