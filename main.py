@@ -209,7 +209,8 @@ def describe(model):
         params = sum(p.numel() for p in block.parameters())
         blocks.append(f"{name:<13}{kind:<12}{shape:<14}{params:>7,}{field:>17}")
     params, outputs, macs, dmas = np.sum(rows, axis=0)
-    print(f"{'=' * 64}\nTotal params: {params:,}, all trainable\n{'-' * 64}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{'=' * 64}\nTotal params: {params:,}\nTrainable params: {trainable:,}\n{'-' * 64}")
     sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
     for name, size in {**sizes, "Estimated Total": sum(sizes.values())}.items():
         print(f"{name} size (MB): {4 * size / 2**20:.2f}")
@@ -288,8 +289,9 @@ def restore(path, settings, parts):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = {name: was for name, was in state["settings"].items() if was != settings[name]}
-        for name, part in ({} if other else parts).items():
-            part.load_state_dict(state[name])
+        if not other:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
     except Exception:
         raise ValueError(f"{path} is damaged or not a checkpoint of this program") from None
     if other:

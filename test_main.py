@@ -47,6 +47,9 @@ def test_network_has_the_layers_of_the_assignment(capsys):
     assert (flops, macs, dmas) == pytest.approx((39.34, 19.72, 20.03), rel=0.03)
     main.print_goals(net, 83, main.transforms()[0], torch.device("cuda"), 87.0)
     assert "NOT met" not in capsys.readouterr().out
+    net.convblock1.requires_grad_(False)  # 10,208 parameters
+    main.describe(net)
+    assert "Total params: 86,816\nTrainable params: 76,608\n" in capsys.readouterr().out
     net.gap = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Linear(1, 1))
     net.transblock2[0][0].groups, net.transblock3[0].dilation, net.transblock3[1].dilation = 1, (1, 1), (1, 1)
     main.print_goals(net, 52, main.transforms()[0][:3], torch.device("cpu"), 86.9)
