@@ -87,10 +87,9 @@ def generate_images(count):
     images = rng.normal(patterns[labels], 30).clip(0, 255).astype(np.uint8)
     return images[500:], labels[500:], images[:500], labels[:500]
 
-def conv(channels, out, dilation=1, padding=None, **options):
+def conv(channels, out, dilation=1, padding=None, stride=1, groups=1):
     """A 3x3 convolution without bias, padded to keep the map's size unless told otherwise."""
-    padding = padding or dilation
-    return nn.Conv2d(channels, out, 3, padding=padding, dilation=dilation, bias=False, **options)
+    return nn.Conv2d(channels, out, 3, stride, padding or dilation, dilation, groups, bias=False)
 
 class DepthwiseSeparable(nn.Sequential):
     """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels."""
@@ -102,19 +101,19 @@ class Net(nn.Sequential):
     """Images (N, 3, 32, 32) to logits (N, 10): C1 C2 C3 C4 and global average pooling."""
     def __init__(self, dilated=False, dropout=0.0):  # none: so few parameters underfit
         super().__init__()
-        stride, two, four = (2, 1, 1) if not dilated else (1, 2, 4)  # as in Yu et al., 2017
+        stride, rate1, rate2 = (1, 2, 4) if dilated else (2, 1, 1)  # dilation instead of strides
         def norm(channels):
             return nn.BatchNorm2d(channels), nn.ReLU(), nn.Dropout(dropout)
         self.convblock1 = nn.Sequential(conv(3, 32), *norm(32), conv(32, 32), *norm(32))
         self.transblock1 = nn.Sequential(conv(32, 32, stride=stride), *norm(32))  # 32x32 to 16x16
-        self.convblock2 = nn.Sequential(conv(32, 64, two), *norm(64))
-        self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, two, stride), *norm(64))  # 8x8
-        self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128, four), *norm(128),
+        self.convblock2 = nn.Sequential(conv(32, 64, rate1), *norm(64))
+        self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, rate1, stride), *norm(64))
+        self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128, rate2), *norm(128),
                                         nn.Conv2d(128, 32, kernel_size=1, bias=False), *norm(32))
         self.transblock3 = nn.Sequential(  # to 6x6 to 4x4, by dilated kernels instead of a stride
-            conv(32, 32, 2 * four, four), conv(32, 32, 2 * four, four), *norm(32))
-        self.convblock4 = nn.Sequential(conv(32, 32, four), nn.ReLU(), conv(32, 10, four))
-        self.gap = nn.AvgPool2d(4 * four, stride=1)
+            conv(32, 32, 2 * rate2, rate2), conv(32, 32, 2 * rate2, rate2), *norm(32))
+        self.convblock4 = nn.Sequential(conv(32, 32, rate2), nn.ReLU(), conv(32, 10, rate2))
+        self.gap = nn.AvgPool2d(4 * rate2, stride=1)
 
     def forward(self, x):
         return super().forward(x).flatten(1)
