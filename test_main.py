@@ -120,8 +120,8 @@ def test_batches_depend_on_seed_and_step_alone():
     assert all(sorted(epoch.tolist()) == list(range(50)) for epoch in epochs)
     assert not torch.equal(*epochs)
     assert torch.equal(dataset[6][0], main.AugmentedBatches(images, labels, 16, seed=0)[6][0])
-    one = main.AugmentedBatches(images[:1], labels[:1], 1, seed=0)
-    assert len({one[step][0].numpy().tobytes() for step in range(20)}) > 10
+    twice = main.AugmentedBatches(images[[0, 0]], labels[:2], 1, seed=0)
+    assert len({twice[step][0].numpy().tobytes() for step in range(40)}) > 20  # in an epoch and between
     other = main.AugmentedBatches(images, labels, 16, seed=1)[0]
     assert not torch.equal(dataset[0][0], other[0]) and not torch.equal(dataset[0][1], other[1])
 
@@ -140,13 +140,17 @@ def test_training_lowers_the_loss(device, precision):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_test_loss_is_a_mean_over_images(capsys):
+def test_losses_are_means_over_images(capsys):
     images, labels = torch.randn(1500, 3, 32, 32), torch.arange(1500) % 10
     images[1000:] *= 100  # the last chunk is smaller and worse
     net = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     loss, accuracy, right = main.test(net, images, labels)
     each = torch.nn.functional.cross_entropy(net(images), labels, reduction="none").double()
     assert loss == pytest.approx(each.mean().item(), rel=1e-5)
+    optimizer = torch.optim.SGD(net.parameters(), 0)
+    scheduler, scaler = torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    batches = zip(images.split(1000), labels.split(1000))
+    assert main.train(net, batches, 2, optimizer, scheduler, scaler, torch.float32) == pytest.approx((loss, accuracy))
     assert f"Average loss: {loss:.4f}, Accuracy: {right.sum()}/1500 ({accuracy:.2f}%)" in capsys.readouterr().out
 
 
@@ -161,6 +165,8 @@ def test_dry_run_with_any_number_of_workers(tmp_path, capsys):
     losses = [float(loss) for loss in re.findall(r"Loss=([\d.]+)", output.out)]
     assert losses[2] < losses[0] - 0.3 and output.err == ""
     assert re.search(r"Accuracy of plane : +\d+ %", output.out) and "means nothing" in output.out
+    main.main([*DRY, "--out", str(tmp_path), "--batch-size", "1", "--dilated"])
+    assert re.search(r"no stride.*measured 0 +met", capsys.readouterr().out)
     for name in ("curves.png", "dataset_images.png"):
         assert main.cv2.imread(str(tmp_path / "0" / name)).std() > 20
 
