@@ -126,9 +126,9 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(dataset[0][0], other[0]) and not torch.equal(dataset[0][1], other[1])
 
 
-@pytest.mark.parametrize("device, precision", [
-    ("cpu", torch.float32), *(pytest.param("cuda", precision, marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU")) for precision in (torch.bfloat16, torch.float16))])
+@pytest.mark.parametrize("precision", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))))
 def test_training_lowers_the_loss(device, precision):
     torch.manual_seed(0)
     net = main.Net().to(device, memory_format=torch.channels_last)
