@@ -334,7 +334,7 @@ def main(argv=None):
     add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available():]
     add("--epochs", type=int, default=60, help="passes over the training images; dry run: 1")
     add("--batch-size", type=int, default=128, help="images a step (64 was no better)")
-    add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule (0.2: worse)")
+    add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule (0.2 was no better)")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty (2e-4: worse)")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentations")
     add("--workers", type=int, default=cores, help="processes that augment images")
