@@ -99,7 +99,7 @@ class DepthwiseSeparable(nn.Sequential):
                          nn.Conv2d(channels, out_channels, kernel_size=1))
 
 class Net(nn.Sequential):
-    """Images (N, 3, 32, 32) to logits (N, 10): C1 C2 C3 C4 and global average pooling."""
+    """Images (N, 3, 32, 32) to logits (N, 10): C1C2C3C40; dilated, no stride (Yu et al. 2017)."""
     def __init__(self, dilated=False, dropout=0.0):  # none: so few parameters underfit
         super().__init__()
         stride, rate1, rate2 = (1, 2, 4) if dilated else (2, 1, 1)  # dilation instead of strides
@@ -122,7 +122,7 @@ class Net(nn.Sequential):
 def train(model, batches, steps, optimizer, scheduler, scaler, precision):
     """Train for steps batches; return their mean loss over images and accuracy (%)."""
     model.train()
-    device, seen = next(model.parameters()).device, 0
+    device, seen, due = next(model.parameters()).device, 0, 0.0
     totals = torch.zeros(2, device=device)  # of loss and hits; to read them is to wait for the GPU
     hidden = not (NOTEBOOK or sys.stdout.isatty())  # in a file, a line an epoch reads better
     bar = trange(steps, file=sys.stdout, disable=hidden)
@@ -138,10 +138,11 @@ def train(model, batches, steps, optimizer, scheduler, scaler, precision):
         scheduler.step()
         totals += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
         seen += len(labels)
-        if batch_id % 20 == 0 or batch_id == steps - 1:
+        if timeit.default_timer() > due or batch_id == steps - 1:
             mean_loss, accuracy = totals[0].item() / seen, 100 * totals[1].item() / seen
             status = f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
             bar.set_description(status)
+            due = timeit.default_timer() + 0.3
     if hidden:
         print(status)
     return mean_loss, accuracy
@@ -159,8 +160,8 @@ def test(model, images, labels):
 def describe(model):
     """Print model as torchsummary does, each block's receptive field, and the work for one image.
 
-    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). MACs are of
-    convolutions and batch norms; DMAs are inputs (one a MAC or an element), parameters, outputs.
+    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). MACs, two
+    FLOPs each, of convolutions, batch norms; DMAs: inputs (one a MAC or element), params, outputs.
     """
     x, field, jump, rows = torch.zeros(1, 3, 32, 32), 1, 1, []
     def record(layer):
@@ -184,7 +185,8 @@ def describe(model):
         params = sum(p.numel() for p in block.parameters())
         blocks.append((name, type(block).__name__, str([*x.shape[1:]]), f"{params:,}", field))
     params, outputs, macs, dmas = np.sum(rows, axis=0)
-    print(f"{'=' * 64}\nTotal params: {params:,}\n{'-' * 64}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{'=' * 64}\nTotal params: {params:,}\nTrainable params: {trainable:,}\n{'-' * 64}")
     sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
     for name, size in {**sizes, "Estimated Total": sum(sizes.values())}.items():
         print(f"{name} size (MB): {4 * size / 2**20:.2f}")
@@ -202,7 +204,8 @@ def print_goals(model, field, augment, device, accuracy):
             ("GPU used", ">=", 1, int(device.type == "cuda")),
             ("max pooling layers", "=", 0, kinds.count("MaxPool")),
             ("receptive field", ">", 52, field),
-            ("depthwise separable convolutions", ">=", 2, kinds.count("DepthwiseSeparable")),
+            ("depthwise separable convolutions", ">=", 2,
+             sum(1 < getattr(m, "groups", 0) == m.in_channels for m in model.modules())),
             ("dilated convolutions", ">=", 1, above_one("dilation")),
             ("global average pooling layers", "=", 1, kinds.count("AvgPool")),
             ("fully connected layers", "=", 0, kinds.count("Linear")),
@@ -261,7 +264,8 @@ def restore(path, settings, parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint to resume: {type(error).__name__}") from None
+        reason = f"missing, damaged or of another program ({type(error).__name__})"
+        raise ValueError(f"{path} is {reason}: start without --resume") from None
     if other:
         raise ValueError(f"{path} is of a run with {other}: give --resume the same options")
     return state["history"]

@@ -46,6 +46,9 @@ def test_network_has_the_layers_of_the_assignment(capsys):
     assert [(row[0], int(row[2]), int(row[3]), int(row[4].replace(",", ""))) for row in rows] == ROWS
     flops, macs, dmas = map(float, re.search(r"([\d.]+) MFLOPs, ([\d.]+) MMACs, ([\d.]+) MD", out).groups())
     assert (flops, macs, dmas) == pytest.approx((39.34, 19.72, 20.03), rel=0.03)
+    net.convblock1.requires_grad_(False)  # 10,208 parameters
+    main.describe(net)
+    assert "Total params: 86,816\nTrainable params: 76,608\n" in capsys.readouterr().out
 
 
 def test_goals_are_measured(capsys):
@@ -56,7 +59,7 @@ def test_goals_are_measured(capsys):
     assert unmet(main.Net(dilated=True), 53, augment, "cuda", 87.0) == []
     assert unmet(net, 53, augment, "cuda", 87.0) == ["no stride: dilated kernels instead (bonus)"]
     net.gap = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Linear(1, 20_000))
-    net.transblock2[0], net.transblock3[0].dilation, net.transblock3[1].dilation = net.gap, (1, 1), (1, 1)
+    net.transblock2[0][0].groups, net.transblock3[0].dilation, net.transblock3[1].dilation = 1, (1, 1), (1, 1)
     assert len(unmet(net, 52, augment[:3], "cpu", 86.9)) == 11  # none is met
 
 
