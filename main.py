@@ -51,11 +51,14 @@ class AugmentedBatches(Dataset):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.steps = -(-len(labels) // batch_size)  # in an epoch; the last one may be smaller
         self.augment, self.to_tensor = transforms()
+        self.epoch = None
 
     def __getitem__(self, step):
         epoch, start = step // self.steps, step % self.steps * self.batch_size
-        order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.labels))
-        indices = order[start:start + self.batch_size]
+        if epoch != self.epoch:  # to shuffle anew for each batch takes a tenth more time
+            self.epoch, rng = epoch, np.random.default_rng((self.seed, epoch, 0))
+            self.order = rng.permutation(len(self.labels))
+        indices = self.order[start:start + self.batch_size]
         seed = self.seed, epoch, 1 + start  # Compose(seed=...) would also grey whatever it flips
         self.augment.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
