@@ -54,7 +54,7 @@ def test_network_has_the_layers_of_the_assignment(capsys):
 def test_goals_are_measured(capsys):
     def unmet(net, field, augment, device, accuracy):
         main.print_goals(net, field, augment, torch.device(device), accuracy)
-        return [line.split("  ")[0].split(" required")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("NOT met")]
+        return re.findall("^(.+?) +required .* NOT met$", capsys.readouterr().out, re.M)
     net, augment = main.Net(), main.transforms()[0]
     assert unmet(main.Net(dilated=True), 53, augment, "cuda", 87.0) == []
     assert unmet(net, 53, augment, "cuda", 87.0) == ["no stride: dilated kernels instead (bonus)"]
@@ -69,7 +69,8 @@ def test_dilated_network_is_the_same_computed_densely(capsys):
     images = torch.randn(16, 3, 32, 32).double()
     strided.double()(images)  # so that the running means are not all 0
     dilated.load_state_dict(strided.state_dict())
-    assert [(n, p.shape) for n, p in strided.named_parameters()] == [(n, p.shape) for n, p in dilated.named_parameters()]
+    shapes = [[(name, p.shape) for name, p in net.named_parameters()] for net in (strided, dilated)]
+    assert shapes[0] == shapes[1]
     assert all(np.max(getattr(layer, "stride", 1)) == 1 for layer in dilated.modules())
     assert main.describe(main.Net(dilated=True)) > 52
     few, many = (torch.nn.Sequential(*list(net.eval().children())[:-1])(images) for net in (strided, dilated))
@@ -83,7 +84,8 @@ def test_receptive_field_is_what_gradients_reach(capsys):
     for parameter in net.parameters():
         torch.nn.init.constant_(parameter, 0.1)  # positive: no contribution cancels another
     main.describe(net)
-    printed = [int(n) for n in re.findall(r"^\w+ +\w+ +\[\d+, \d+, \d+\] +[\d,]+ +(\d+)$", capsys.readouterr().out, re.M)]
+    table = re.findall(r"^\w+ +\w+ +\[\d+, \d+, \d+\] +[\d,]+ +(\d+)$", capsys.readouterr().out, re.M)
+    printed = [int(field) for field in table]
     image = torch.ones(1, 3, 256, 256, dtype=torch.double, requires_grad=True)
     reached, x = [], image
     for block in net.double().children():
@@ -151,10 +153,13 @@ def test_losses_are_means_over_images(capsys):
     each = torch.nn.functional.cross_entropy(net(images), labels, reduction="none").double()
     assert loss == pytest.approx(each.mean().item(), rel=1e-5)
     optimizer = torch.optim.SGD(net.parameters(), 0)
-    scheduler, scaler = torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     batches = zip(images.split(1000), labels.split(1000))
-    assert main.train(net, batches, 2, optimizer, scheduler, scaler, torch.float32) == pytest.approx((loss, accuracy))
-    assert f"Average loss: {loss:.4f}, Accuracy: {right.sum()}/1500 ({accuracy:.2f}%)" in capsys.readouterr().out
+    figures = main.train(net, batches, 2, optimizer, scheduler, scaler, torch.float32)
+    assert figures == pytest.approx((loss, accuracy))
+    line = f"Average loss: {loss:.4f}, Accuracy: {right.sum()}/1500 ({accuracy:.2f}%)"
+    assert line in capsys.readouterr().out
 
 
 def test_dry_run_with_any_number_of_workers(tmp_path, capsys):
@@ -195,7 +200,8 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path):
     (["--workers", "-1"], "--workers"), (["--seed", "-1"], "--seed"), (["--bogus"], "--bogus"),
     (["--out", "main.py"], "main.py"), (["--resume", "--out", "empty"], "checkpoint.pt"),
     (["--resume", "--out", "damaged"], "checkpoint.pt"), (["--lr", "1e9"], "epoch 1"),
-    pytest.param(["--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+    pytest.param(["--device", "cuda"], "cuda",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
 ])
 def test_bad_input_gets_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -210,7 +216,8 @@ def test_bad_input_gets_one_line(arguments, message, tmp_path, monkeypatch, caps
 
 def test_download_goes_from_source_to_source(tmp_path, monkeypatch):
     names = [name for name, _ in main.CIFAR10.train_list + main.CIFAR10.test_list]
-    files = {name: pickle.dumps({"data": random_images(2).reshape(2, -1), "labels": [3, 5]}) for name in names}
+    batch = pickle.dumps({"data": random_images(2).reshape(2, -1), "labels": [3, 5]})
+    files = {name: batch for name in names}
     files["batches.meta"] = pickle.dumps({"label_names": list(main.CLASSES)})
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -240,7 +247,8 @@ def test_download_goes_from_source_to_source(tmp_path, monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(main, "MIRRORS", (f"{url}/gone", f"{url}/stalled", f"{url}/corrupt"))
     for name, value in {"url": f"{url}/original", "tgz_md5": hashlib.md5(buffer.getvalue()).hexdigest(),
-                        "train_list": [[name, md5[name]] for name in names[:5]], "test_list": [["test_batch", md5["test_batch"]]],
+                        "train_list": [[name, md5[name]] for name in names[:5]],
+                        "test_list": [[name, md5[name]] for name in names[5:]],
                         "meta": {**main.CIFAR10.meta, "md5": md5["batches.meta"]}}.items():
         monkeypatch.setattr(main.CIFAR10, name, value)
     start = time.monotonic()
