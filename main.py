@@ -210,7 +210,7 @@ def draw_images(images, labels, path):
 
 def draw_curves(history, path):
     """Write a picture of loss and accuracy (%) by epoch; history: both of training and of test."""
-    picture, count = np.full((395, 1240, 3), 255, np.uint8), len(history)
+    picture, count = np.full((395, 1260, 3), 255, np.uint8), len(history)
     def write(text, x, y, color=(0, 0, 0)):
         cv2.putText(picture, text, (round(x), y), 0, 0.5, color, 1, cv2.LINE_AA)
     for panel, (left, title) in enumerate(((70, "Loss"), (690, "Accuracy (%)"))):
