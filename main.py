@@ -134,8 +134,8 @@ def train(batches, steps, precision, model, optimizer, scheduler, scaler):
             status = f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
             bar.set_description(status)
             due = timeit.default_timer() + 0.3
-    if bar.disable:  # in a file, a line an epoch reads better
-        print(status)
+        if bar.disable and batch_id == steps - 1:  # in a file, a line an epoch reads better
+            print(status)
     return mean_loss, accuracy
 
 @torch.no_grad()

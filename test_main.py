@@ -149,7 +149,7 @@ def test_training_lowers_the_loss(device, precision):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_losses_are_means_over_images(capsys):
+def test_losses_are_means_over_images(capsys, monkeypatch):
     images, labels = torch.randn(1500, 3, 32, 32), torch.arange(1500) % 10
     images[1000:] *= 100  # the last chunk is smaller and worse
     net = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, 10))
@@ -159,11 +159,16 @@ def test_losses_are_means_over_images(capsys):
     optimizer = torch.optim.SGD(net.parameters(), 0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batches = zip(images.split(1000), labels.split(1000))
-    figures = main.train(batches, 2, torch.float32, net, optimizer, scheduler, scaler)
-    assert figures == pytest.approx((loss, accuracy))
     line = f"Average loss: {loss:.4f}, Accuracy: {right.sum()}/1500 ({accuracy:.2f}%)"
     assert line in capsys.readouterr().out
+    for notebook in (False, True):  # a line, or a bar and no line
+        monkeypatch.setattr(main, "NOTEBOOK", notebook)
+        batches = zip(images.split(1000), labels.split(1000))
+        figures = main.train(batches, 2, torch.float32, net, optimizer, scheduler, scaler)
+        assert figures == pytest.approx((loss, accuracy))
+        printed = capsys.readouterr().out
+        assert f"Loss={loss:.4f} Batch_id=1 Accuracy={accuracy:.2f}" in printed
+        assert ("%|" in printed) == notebook == (not re.search(r"^Loss=.*\d$", printed, re.M))
 
 
 def test_dry_run_with_any_number_of_workers(tmp_path, capsys):
@@ -203,7 +208,8 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--epochs", "0"], "--epochs"), (["--batch-size", "-1"], "--batch-size"), (["--lr", "nan"], "--lr"),
     (["--workers", "-1"], "--workers"), (["--seed", "-1"], "--seed"), (["--bogus"], "--bogus"),
-    (["--ep", "2"], "--ep"), (["--out", "main.py"], "main.py"), (["--resume", "--out", "empty"], "checkpoint.pt"),
+    (["--ep", "2"], "--ep"), (["--out", "main.py"], "main.py"),
+    (["--resume", "--out", "empty"], "checkpoint.pt"),
     (["--resume", "--out", "damaged"], "checkpoint.pt"), (["--lr", "1e9"], "epoch 1"),
     pytest.param(["--device", "cuda"], "cuda",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
