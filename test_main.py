@@ -59,6 +59,9 @@ def test_goals_are_measured(capsys):
     net, augment = main.Net(), main.AUGMENT
     assert unmet(main.Net(dilated=True), 53, augment, "cuda", 87.0) == []
     assert unmet(net, 53, augment, "cuda", 87.0) == ["no stride: dilated kernels instead (bonus)"]
+    pooled = main.Net(dilated=True)
+    pooled.gap = torch.nn.AvgPool2d(16)  # its stride is 16
+    assert unmet(pooled, 53, augment, "cuda", 87.0) == ["no stride: dilated kernels instead (bonus)"]
     net.gap = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Linear(1, 20_000))
     net.transblock2[0][0].groups, net.transblock3[0].dilation, net.transblock3[1].dilation = 1, (1, 1), (1, 1)
     assert len(unmet(net, 52, augment[:3], "cpu", 86.9)) == 11  # none is met
