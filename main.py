@@ -39,8 +39,10 @@ AUGMENT = A.Compose([  # where the assignment names no p, 0.1: 0.5 was worse on 
 TO_TENSOR = A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])  # of a whole batch at once
 
 class AugmentedBatches(TensorDataset):
-    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), taken by augmented batches: self[indices, seed]
-    is float32 (B, 3, 32, 32) and int64 (B,), the same in any process."""
+    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), to be taken by batches, augmented.
+
+    self[indices, seed] is float32 (B, 3, 32, 32) and int64 (B,), the same in any process.
+    """
     def __getitem__(self, key):
         indices, seed = key  # for one pair of generators: Compose(seed=...) would grey whatever it flips
         images, labels = (tensor.numpy()[indices] for tensor in self.tensors)  # NumPy is 18 times as fast
@@ -108,8 +110,8 @@ class Net(nn.Sequential):
     def forward(self, x):
         return super().forward(x).flatten(1)
 
-def train(batches, steps, clean, precision, model, optimizer, scheduler, scaler):
-    """Train for steps batches, fit batch norms to clean images; return mean loss over images, accuracy (%)."""
+def train(batches, steps, precision, model, optimizer, scheduler, scaler):
+    """Train for steps batches; return their mean loss over images and accuracy (%)."""
     model.train()
     device, seen, due = next(model.parameters()).device, 0, 0.0
     totals = torch.zeros(2, device=device)  # of loss and hits; to read them is to wait for the GPU
@@ -133,7 +135,6 @@ def train(batches, steps, clean, precision, model, optimizer, scheduler, scaler)
             due = timeit.default_timer() + 0.3
         if bar.disable and batch_id == steps - 1:  # in a file, a line an epoch reads better
             print(status)
-    optim.swa_utils.update_bn(clean.split(1000), model)  # test images are not augmented: +0.1 to 0.5 % held out
     return mean_loss, accuracy
 
 @torch.no_grad()
@@ -250,8 +251,7 @@ def run(args):
     args.out.mkdir(parents=True, exist_ok=True)
     images, labels, *test_set = generate_images(args.batch_size) if args.dry_run else load_cifar10(args.data)
     draw_images(images, labels, args.out / "dataset_images.png")
-    clean, unseen = (TO_TENSOR(images=x.numpy())["images"].to(args.device) for x in (images[:5000], test_set[0]))
-    test_set = unseen, test_set[1].to(args.device)
+    test_set = TO_TENSOR(images=test_set[0].numpy())["images"].to(args.device), test_set[1].to(args.device)
     torch.manual_seed(args.seed)
     model, precision, steps = Net(args.dilated), torch.float32, -(-len(labels) // args.batch_size)
     field = describe(model)
@@ -276,7 +276,7 @@ def run(args):
     for epoch in range(len(history) + 1, args.epochs + 1):
         print(f"Epoch {epoch}:", flush=True)
         torch.manual_seed(random.Random(repr((args.seed, epoch))).getrandbits(63))  # for dropout
-        history.append(train(batches, steps, clean, precision, **parts) + test(model, *test_set)[:2])
+        history.append(train(batches, steps, precision, **parts) + test(model, *test_set)[:2])
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
         if history[-1] is max(history, key=lambda row: row[3]):
