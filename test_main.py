@@ -152,6 +152,17 @@ def test_training_lowers_the_loss(device, precision):
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_overflow_in_the_first_step_does_no_harm(tmp_path, monkeypatch, capsys):
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, loss):
+            return super().scale(loss * (torch.inf if self.get_scale() == 65536 else 1))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Scaler(device))
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))  # what it may hold
+    main.main([*DRY, "--epochs", "2", "--out", str(tmp_path)])
+    state = torch.load(tmp_path / "checkpoint.pt")
+    assert state["scaler"]["scale"] == 32768 and state["history"][1][0] < state["history"][0][0]
+
+
 def test_losses_are_means_over_images(capsys, monkeypatch):
     images, labels = torch.randn(1500, 3, 32, 32), torch.arange(1500) % 10
     images[1000:] *= 100  # the last chunk is smaller and worse
