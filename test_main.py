@@ -158,9 +158,9 @@ def test_overflow_in_the_first_step_does_no_harm(tmp_path, monkeypatch, capsys):
             return super().scale(loss * (torch.inf if self.get_scale() == 65536 else 1))
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: Scaler(device))
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))  # what it may hold
-    main.main([*DRY, "--epochs", "2", "--out", str(tmp_path)])
+    main.main([*DRY, "--out", str(tmp_path)])
     state = torch.load(tmp_path / "checkpoint.pt")
-    assert state["scaler"]["scale"] == 32768 and state["history"][1][0] < state["history"][0][0]
+    assert state["scaler"]["scale"] == 32768 and state["history"][0][0] < 3
 
 
 def test_losses_are_means_over_images(capsys, monkeypatch):
