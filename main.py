@@ -39,8 +39,8 @@ AUGMENT = A.Compose([  # where the assignment names no p, 0.1: 0.5 was worse on 
 TO_TENSOR = A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])  # of a whole batch at once
 
 class AugmentedBatches(TensorDataset):
-    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,), taken by augmented batches: self[indices, seed]
-    is float32 (B, 3, 32, 32) and int64 (B,), the same in any process."""
+    """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,): self[indices, seed] augments some
+    to float32 (B, 3, 32, 32) and int64 (B,), the same in any process."""
     def __getitem__(self, key):
         indices, seed = key  # for one pair of generators: Compose(seed=...) would grey whatever it flips
         images, labels = (tensor.numpy()[indices] for tensor in self.tensors)  # NumPy is 18 times as fast
@@ -72,7 +72,7 @@ def load_cifar10(root, stall=8):
                   f"{Path(root).resolve()} or try --dry-run")
 
 def generate_images(batch_size):
-    """Return the same for a dry run: 24 batches to train, 500 images to test, ten patterns under noise."""
+    """Return the same for a dry run: 24 batches to train, 500 images to test; ten noisy patterns."""
     print("Dry run on generated images, not on CIFAR-10: its accuracy means nothing.\n")
     rng, labels = np.random.default_rng(0), torch.arange(500 + 24 * batch_size) % 10
     patterns = rng.uniform(0, 255, (10, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
@@ -146,7 +146,7 @@ def test(model, images, labels):
     return loss, accuracy, right
 
 def describe(model):
-    """Print model as torchsummary does, its blocks and its cost; return its receptive field in pixels."""
+    """Print model like torchsummary, its blocks and cost; return its receptive field in pixels."""
     x, field, jump, outputs, work, blocks = torch.zeros(1, 3, 32, 32), 1, 1, [], np.zeros(2), []
     def record(layer):
         nonlocal x, field, jump, work  # the field as in distill.pub/2019/computing-receptive-fields
@@ -263,7 +263,7 @@ def run(args):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                           weight_decay=args.weight_decay, fused=True)
-    for p in model.parameters():  # if float16 overflows in the first step, fused SGD leaves them uninitialised
+    for p in model.parameters():  # else, if float16 overflows in step 1, fused SGD leaves garbage there
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scheduler = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
     scaler = torch.amp.GradScaler(args.device, enabled=precision == torch.float16)
@@ -314,7 +314,7 @@ def main(argv=None):
     add("--out", type=Path, metavar="DIR", default=".", help="for pictures and checkpoints")
     add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
-    add("--dry-run", action="store_true", help="try everything in a minute: one epoch, generated images")
+    add("--dry-run", action="store_true", help="everything in a minute: one epoch, generated images")
     args = parser.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, workers=0).items():
         if not least <= getattr(args, name) < 2**63:
