@@ -128,8 +128,7 @@ def train(batches, steps, precision, model, optimizer, scheduler, scaler):
         seen += len(labels)
         if timeit.default_timer() > due or batch_id == steps - 1:
             mean_loss, accuracy = totals[0].item() / seen, 100 * totals[1].item() / seen
-            status = f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
-            bar.set_description(status)
+            bar.set_description(status := f"Loss={mean_loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}")
             due = timeit.default_timer() + 0.3
         if bar.disable and batch_id == steps - 1:  # in a file, a line an epoch reads better
             print(status)
@@ -198,12 +197,11 @@ def print_goals(model, field, augment, device, accuracy):
 def draw_images(images, labels, path):
     """Write a picture: a column a class, its first training image, below it five augmented."""
     AUGMENT.set_random_state(np.random.default_rng(0), random.Random(0))
-    rows = [[images[labels == number][0].numpy() for number in range(10)]]
-    rows += [[AUGMENT(image=image)["image"] for image in rows[0]] for _ in range(5)]
+    rows = [[np.full((8, 32, 3), 255, np.uint8)] * 10, [images[labels == i][0].numpy() for i in range(10)]]
+    rows += [[AUGMENT(image=image)["image"] for image in rows[1]] for _ in range(5)]
     picture = np.vstack([np.hstack(row) for row in rows]).repeat(3, axis=0).repeat(3, axis=1)
-    picture = np.pad(picture, ((24, 0), (0, 0), (0, 0)), constant_values=255)
-    for number, name in enumerate(CLASSES):
-        cv2.putText(picture, name, (96 * number + 4, 17), 0, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    for i, name in enumerate(CLASSES):
+        cv2.putText(picture, name, (96 * i + 4, 17), 0, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1])
 
 def draw_curves(history, path):
@@ -294,10 +292,8 @@ def run(args):
         from IPython.display import Image, display
         display(*(Image(str(args.out / name)) for name in ("dataset_images.png", "curves.png")))
 
-def main(argv=None):
+def main(argv=sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's sys.argv is the kernel's
     """Parse argv, by default the shell's, and run it; see --help."""
-    if argv is None:  # in a notebook, sys.argv is the kernel's
-        argv = sys.argv[1:] if "__file__" in globals() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kaggle = (p.parent for n in range(1, 5) for p in Path("/kaggle/input").glob("*/" * n + CIFAR10.base_folder))
     parser = ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0], allow_abbrev=False,
@@ -319,6 +315,10 @@ def main(argv=None):
     for name, least in dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, workers=0).items():
         if not least <= getattr(args, name) < 2**63:
             parser.error(f"--{name.replace('_', '-')} must be a number from {least:g}")
+    try:  # a GPU may be there and unfit for this PyTorch: Kaggle's P100 (Kaggle/kaggle-cli#1151)
+        torch.ones(1, device=args.device).sum().item()
+    except RuntimeError as error:
+        parser.error(f"{str(error).splitlines()[0]}: try another GPU (on Kaggle: T4) or --device cpu")
     try:
         run(args)
     except KeyboardInterrupt:

@@ -239,6 +239,16 @@ def test_bad_input_gets_one_line(arguments, message, tmp_path, monkeypatch, caps
     assert (tmp_path / "damaged/checkpoint.pt").read_text() == "precious"
 
 
+def test_gpu_without_kernels_gets_one_line(monkeypatch, capsys):
+    def ones(*_, device):
+        raise RuntimeError(f"CUDA error: no kernel image on {device}\nFor debugging consider this")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(SystemExit, match="2"):
+        main.main(DRY[:-2])
+    assert re.search(r"error: .*no kernel image on cuda: .*--device cpu\n$", capsys.readouterr().err)
+
+
 def test_download_goes_from_source_to_source(tmp_path, monkeypatch):
     names = [name for name, _ in main.CIFAR10.train_list + main.CIFAR10.test_list]
     batch = pickle.dumps({"data": random_images(2).reshape(2, -1).numpy(), "labels": [3, 5]})
