@@ -147,9 +147,9 @@ def test_training_lowers_the_loss(device, precision):
     optimizer = torch.optim.SGD(net.parameters(), 0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     scaler = torch.amp.GradScaler(device, enabled=precision == torch.float16)
-    batch = main.AugmentedBatches(random_images(64), torch.arange(64) % 10)[np.arange(64), 0]
-    losses = [main.train(iter([batch]), 1, precision, net, optimizer, scheduler, scaler)[0] for _ in range(8)]
-    assert losses[-1] < losses[0] - 0.05
+    batch = main.AugmentedBatches(random_images(16), torch.arange(16) % 10)[np.arange(16), 0]
+    losses = [main.train(iter([batch]), 1, precision, net, optimizer, scheduler, scaler)[0] for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_overflow_in_the_first_step_does_no_harm(tmp_path, monkeypatch, capsys):
