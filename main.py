@@ -42,8 +42,8 @@ class AugmentedBatches(TensorDataset):
     """Images, uint8 (N, 32, 32, 3), and labels, int64 (N,): self[indices, seed] augments some
     to float32 (B, 3, 32, 32) and int64 (B,), the same in any process."""
     def __getitem__(self, key):
-        indices, seed = key  # for one pair of generators: Compose(seed=...) would grey whatever it flips
-        images, labels = (tensor.numpy()[indices] for tensor in self.tensors)  # NumPy is 18 times as fast
+        indices, seed = key  # of one pair of generators: Compose(seed=...) greys what it flips
+        images, labels = (x.numpy()[indices] for x in self.tensors)  # NumPy is 18 times as fast
         AUGMENT.set_random_state(np.random.default_rng(seed), random.Random(repr(seed)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
         images = np.stack([AUGMENT(image=image)["image"] for image in images])
@@ -57,7 +57,7 @@ def shuffled_batches(count, batch_size, seed, epochs):
             yield order[start:start + batch_size], (seed, epoch, 1 + start)
 
 def load_cifar10(root, stall=8):
-    """Return images, uint8 (N, 32, 32, 3), and labels (N,), to train and to test; else raise OSError."""
+    """Return uint8 images (N, 32, 32, 3) and labels (N,) to train and to test, or raise OSError."""
     for url in (*MIRRORS, CIFAR10.url):
         source = type("Mirror", (CIFAR10,), {"url": url})  # it fetches what is missing, checks MD5s
         socket.setdefaulttimeout(stall)  # in seconds; torchvision would wait for ever
@@ -72,7 +72,7 @@ def load_cifar10(root, stall=8):
                   f"{Path(root).resolve()} or try --dry-run")
 
 def generate_images(batch_size):
-    """Return the same for a dry run: 24 batches to train, 500 images to test; ten noisy patterns."""
+    """Return the same for a dry run: 24 batches to train, 500 images to test; noisy patterns."""
     print("Dry run on generated images, not on CIFAR-10: its accuracy means nothing.\n")
     rng, labels = np.random.default_rng(0), torch.arange(500 + 24 * batch_size) % 10
     patterns = rng.uniform(0, 255, (10, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
@@ -152,7 +152,7 @@ def describe(model):
         own = sum(p.numel() for p in layer.parameters(recurse=False))
         if not any(layer.children()):
             x = layer(x)
-            macs = x.numel() * layer.weight[0].numel() if own else 0  # of convolutions and batch norms
+            macs = x.numel() * layer.weight[0].numel() if own else 0  # convolutions, batch norms
             work += macs, (macs or x.numel()) + own + x.numel()  # DMAs: inputs, one a MAC, parameters, outputs
         size, dilation, stride = (np.max(getattr(layer, key, 1)) for key in ("kernel_size", "dilation", "stride"))
         field, jump = field + (size - 1) * dilation * jump, jump * stride
@@ -225,7 +225,7 @@ def draw_curves(history, path):
 
 def save(state, path):
     """Write state to path atomically: a kill leaves the old file or the new one, whole."""
-    torch.save(state, buffer := io.BytesIO())  # to a file, it would report a full disk as a RuntimeError
+    torch.save(state, buffer := io.BytesIO())  # to a file: RuntimeError where the disk is full
     path.with_suffix(".tmp").write_bytes(buffer.getvalue())
     path.with_suffix(".tmp").replace(path)
 
@@ -261,7 +261,7 @@ def run(args):
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                           weight_decay=args.weight_decay, fused=True)
-    for p in model.parameters():  # else, if float16 overflows in step 1, fused SGD leaves garbage there
+    for p in model.parameters():  # fused SGD: else garbage if float16 overflows in step 1
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scheduler = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, cycle_momentum=False)
     scaler = torch.amp.GradScaler(args.device, enabled=precision == torch.float16)
@@ -278,7 +278,7 @@ def run(args):
         if not np.isfinite(history[-1]).all():
             raise FloatingPointError(f"the loss of epoch {epoch} is not finite: try a lower --lr")
         if history[-1] is max(history, key=lambda row: row[3]):
-            save({key: value.cpu() for key, value in model.state_dict().items()}, args.out / "best.pt")
+            save({k: v.cpu() for k, v in model.state_dict().items()}, args.out / "best.pt")
         states = {name: part.state_dict() for name, part in parts.items()}
         save({"settings": settings, "history": history, **states}, args.out / "checkpoint.pt")
         draw_curves(history, args.out / "curves.png")
@@ -292,25 +292,25 @@ def run(args):
         from IPython.display import Image, display
         display(*(Image(str(args.out / name)) for name in ("dataset_images.png", "curves.png")))
 
-def main(argv=sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's sys.argv is the kernel's
+def main(argv=sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's argv is its kernel's
     """Parse argv, by default the shell's, and run it; see --help."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kaggle = (p.parent for n in range(1, 5) for p in Path("/kaggle/input").glob("*/" * n + CIFAR10.base_folder))
-    parser = ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0], allow_abbrev=False,
-                            formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser("main.py", "%(prog)s [options]", __doc__.splitlines()[0],
+                            formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, devices = parser.add_argument, ("cuda", "cpu")[not torch.cuda.is_available():]
-    add("--epochs", type=int, default=1 if "--dry-run" in argv else 60, help="passes over the training set")
+    add("--epochs", type=int, default=1 if "--dry-run" in argv else 60, help="passes over the data")
     add("--batch-size", type=int, default=128, help="images a step (64 was no better)")
     add("--lr", type=float, default=0.1, help="peak of the one-cycle schedule (0.2 was no better)")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty (2e-4: worse)")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentations")
-    add("--workers", type=int, default=cores, help="processes that augment images")
+    add("--workers", type=int, default=min(cores, 16), help="to augment (24 overfill Docker's shm)")
     add("--device", choices=devices, default=devices[0], help="where to train (cuda: on a GPU)")
     add("--data", metavar="DIR", default=next(kaggle, "data"), help="has or gets CIFAR-10")
     add("--out", type=Path, metavar="DIR", default=".", help="for pictures and checkpoints")
     add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
-    add("--dry-run", action="store_true", help="everything in a minute: one epoch, generated images")
+    add("--dry-run", action="store_true", help="all of it in a minute: one epoch, generated images")
     args = parser.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, workers=0).items():
         if not least <= getattr(args, name) < 2**63:
@@ -318,7 +318,7 @@ def main(argv=sys.argv[1:] if "__file__" in globals() else ()):  # a notebook's 
     try:  # a GPU may be there and unfit for this PyTorch: Kaggle's P100 (Kaggle/kaggle-cli#1151)
         torch.ones(1, device=args.device).sum().item()
     except RuntimeError as error:
-        parser.error(f"{str(error).splitlines()[0]}: try another GPU (on Kaggle: T4) or --device cpu")
+        parser.error(f"{str(error).splitlines()[0]}: try another GPU (Kaggle: T4) or --device cpu")
     try:
         run(args)
     except KeyboardInterrupt:
