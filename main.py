@@ -303,8 +303,8 @@ def run(args):
 def main(argv=()):
     """Do what argv, a list of options, says; end with one line about what the user can mend."""
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    cli = argparse.ArgumentParser("main.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = cli.add_argument
     add("--epochs", type=int, default=60, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images a step")
     add("--lr", type=float, default=0.02, help="Muon's, at the peak of the one-cycle schedule")
@@ -317,10 +317,10 @@ def main(argv=()):
     add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
     add("--dry-run", action="store_true", help="all of it in a minute, on generated images")
-    args = parser.parse_args(argv)
+    args = cli.parse_args(argv)
     for name, least in [*LEAST.items(), ("workers", 0)]:
         if not least <= getattr(args, name) < 2**63:
-            parser.error(f"{name} must be from {least:g} to {2**63 - 1}")
+            cli.error(f"{name} must be from {least:g} to {2**63 - 1}")
     try:
         run(args)
     except KeyboardInterrupt:
