@@ -129,6 +129,22 @@ def test_muon_is_its_definition_cheap_in_launches_and_lowers_the_loss(device):
     losses = [main.train(batches, 2, net.eval(), optimizer, constant)["loss"] for _ in range(4)]
     assert losses[3] < losses[0] - 0.1 and net.training and constant.last_epoch == 8
 
+@NO_GPU
+def test_recorded_network_is_the_same():
+    torch.backends.cudnn.deterministic = True
+    eager, recorded = (main.Net().to("cuda", memory_format=torch.channels_last) for _ in "er")
+    recorded.load_state_dict(eager.state_dict())
+    main.record(recorded, 16)
+    for size, train in ((16, True), (5, True), (16, False), (16, True)):
+        results, images = [], torch.randn(size, 32, 32, 3, device="cuda").permute(0, 3, 1, 2)
+        for net in (eager, recorded):
+            net.zero_grad()
+            logits = net.train(train)(images)
+            logits.square().mean().backward()
+            gradients = [p.grad for p in net.parameters()]
+            results.append([logits, *gradients, *net.buffers()])
+        assert all(torch.equal(*pair) for pair in zip(*results))
+
 def test_orthogonalize_brings_singular_values_near_one():
     for shape in ((32, 27), (32, 288), (64, 288), (64, 64), (128, 64), (32, 128), (10, 288)):
         u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -160,13 +176,17 @@ def test_dry_run_with_any_number_of_workers(device, capsys):
     blue, red = (np.argwhere((curves == color).all(2)) for color in ((180, 119, 31), (40, 39, 214)))
     assert len(blue) > 0 and len(red) > 50 and (images[:34] != images[34:68]).any()  # augmented
 
-def test_killed_run_goes_on_and_ends_with_the_same_weights(monkeypatch):
+@on_devices
+def test_killed_run_goes_on_and_ends_with_the_same_weights(device, monkeypatch):
     seen, get = [], main.AugmentedBatches.__getitem__
     monkeypatch.setattr(main.AugmentedBatches, "__getitem__", lambda *a: seen.append(a) or get(*a))
-    whole, killed = ([*DRY, "3", "--seed", "4", "--resume", "--out", name] for name in "wk")
-    with subprocess.Popen([sys.executable, main.__file__, *killed], stdout=subprocess.PIPE) as run:
+    options = [*DRY, "3", "--seed", "4", "--device", device, "--resume", "--out"]
+    whole, killed = [*options, "w"], [*options, "k"]
+    command = [sys.executable, main.__file__, *killed, "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
         assert b"Epoch 2:\n" in run.stdout  # waits for it
         run.kill()
+        run.communicate(timeout=30)  # until its workers have ended, too
     for other in ("--lr 9", "--weight-decay 9", "--seed 9", "--batch-size 9", "--dilated"):
         with pytest.raises(SystemExit, match="its options are.*use another --out"):
             main.main([*killed, *other.split()])
