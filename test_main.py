@@ -191,9 +191,9 @@ def test_bad_input_gets_one_line(capsys):
     assert "[-1, 10, 16, 16]" in out  # --dilated reaches the network
 
 def test_only_what_the_user_can_mend_gets_one_line(monkeypatch):
-    lacks = ["can't allocate memory", "DataLoader worker (pid 7) is", "no kernel image\nDebugging"]
-    mendable = [KeyboardInterrupt(), OSError(28, "No space"), MemoryError(),
-                torch.OutOfMemoryError("CUDA out of memory"), *map(RuntimeError, lacks)]
+    lacks = "can't allocate memory", "DataLoader worker (pid 7) is", "no kernel\nI", "out of memory"
+    mendable = [OSError(28, "No space"), MemoryError(), torch.OutOfMemoryError("CUDA"),
+                KeyboardInterrupt(), *map(RuntimeError, lacks)]
     bugs = [ValueError("a bug"), RuntimeError("Caught TypeError in DataLoader worker process 0.")]
     monkeypatch.setattr(main, "run", Mock(side_effect=mendable + bugs))
     for error in mendable + bugs:
