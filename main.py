@@ -63,7 +63,7 @@ class AugmentedBatches(torch.utils.data.TensorDataset):
 def load_batches(dataset, keys, workers, device):
     """Yield dataset[key] of keys, sent as arrays (for a small /dev/shm), normalized on device."""
     fork = "fork" if workers and sys.platform == "linux" else None  # knows a notebook's classes
-    end_with_parent = (lambda _: ctypes.CDLL(None).prctl(1, 9)) if fork else None  # by SIGKILL
+    end_with_parent = (lambda _: ctypes.CDLL(None).prctl(1, 9)) if fork else None  # PDEATHSIG
     mean, std = 255 * torch.tensor((MEAN, STD), device=device)
     for batch in torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers,
                                              collate_fn=tuple, multiprocessing_context=fork,
@@ -73,7 +73,7 @@ def load_batches(dataset, keys, workers, device):
 
 # ------------------------------ Network ------------------------------
 def conv3x3(channels, out, dilation=1, stride=1, padding=0, groups=1):
-    """A 3x3 convolution without bias, padded by padding or, if that is 0, as it is dilated."""
+    """A 3x3 convolution without bias, padded by padding, or by dilation where that is 0."""
     return nn.Conv2d(channels, out, 3, stride, padding or dilation, dilation, groups, bias=False)
 
 def norm(channels):  # what follows most convolutions; no rate of dropout but 0 was worth it
@@ -193,7 +193,7 @@ def describe(model):
         params = sum(p.numel() for p in layer.parameters())
         print(f"{name:>24}{str([-1, *x.shape[1:]]):>18}{params:>10,}{field:>18}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = np.array([3072, 2 * sum(sizes), params]) / 2**18
+    sizes = np.array([3 * 32 * 32, 2 * sum(sizes), params]) / 2**18
     print("Total params: {:,}\nTrainable params: {:,}\nNon-trainable params: {:,}\n"
           "Input size (MB): {:.2f}\nForward/backward pass size (MB): {:.2f}\n"
           "Params size (MB): {:.2f}\nEstimated Total Size (MB): {:.2f}"
