@@ -170,7 +170,7 @@ def train(batches, steps, model, optimizer, scheduler):
 @torch.no_grad()
 def test(model, images, labels):
     """Return what measure finds in images, normalized, and labels."""
-    logits = torch.cat([*map(model.eval(), images.split(1000))])
+    logits = torch.cat(list(map(model.eval(), images.split(1000))))
     return measure("Test set", logits, labels)
 
 # ------------------------------ Reports and pictures ------------------------------
