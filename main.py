@@ -1,6 +1,6 @@
 """CIFAR-10 with 86,816 parameters: the C1C2C3C40 assignment, answered in one file.
 
-python main.py            60 epochs: 90.62 ± 0.09 % of the 10,000 test images (mean of five runs)
+python main.py            60 epochs: 90.62 ± 0.09 % of 10,000 test images (5 runs); 200: 91.82 (1)
 python main.py --dry-run  all of it in a minute, without GPU, dataset or network"""
 import argparse, ctypes, http.client, io, os, pathlib, random, shutil, socket, sys, warnings, zlib
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks PyPI for news
