@@ -1,6 +1,6 @@
 """CIFAR-10 with 86,816 parameters: the C1C2C3C40 assignment, answered in one file.
-
-python main.py            60 epochs: 90.62 ± 0.09 % of 10,000 test images (5 runs); 200: 91.82 (1)
+60 epochs: 90.62 ± 0.09 % of the test images (5 runs: CPU, H100); 200 epochs: 91.82 % (1 run)
+python main.py            trains for 60 epochs and reports
 python main.py --dry-run  all of it in a minute, without GPU, dataset or network"""
 import argparse, ctypes, http.client, io, os, pathlib, random, shutil, socket, sys, warnings, zlib
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks PyPI for news
@@ -175,7 +175,7 @@ def test(model, images, labels):
 
 # ------------------------------ Reports and pictures ------------------------------
 def describe(model):
-    """Print model as torchsummary does; return its receptive field in pixels (Araujo 2019)."""
+    """Print model as torchsummary does; return its receptive field, pixels (Araujo et al. 2019)."""
     print("            Layer (type)      Output Shape   Param #   Receptive field")
     names = {m: name for name, m in model.named_modules() if type(m) in (nn.Sequential, Net)}
     x, field, jump = torch.zeros(1, 3, 32, 32), 1, 1
