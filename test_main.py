@@ -5,7 +5,6 @@ from unittest.mock import Mock
 os.environ["OMP_NUM_THREADS"] = "1"  # more threads only wait for each other here
 import main, numpy as np, pytest, torch, torchvision
 from torchvision.datasets import CIFAR10, utils
-
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 IMAGES = (5 * torch.arange(50) + 1).byte().view(50, 1, 1, 1).repeat(1, 32, 32, 3)
 IMAGES[:, :, 16:] += 2  # a number can be read from each image, and whether it is flipped
@@ -122,12 +121,11 @@ def test_cifar10_is_found_or_fetched(monkeypatch):
         load("data")
     assert os.listdir("data") == [CIFAR10.filename] and socket.getdefaulttimeout() is None
     main.URLS.append(archive)
-    expected = load("data")
-    assert expected == [(IMAGES[0].tolist(), n * [3]) for n in (5, 1)]
+    fetched = load("data")
     (main.KAGGLE / "far/down").mkdir(parents=True)
     for name, target in {"circle": ".", "another": ".", "far/down/renamed": folder}.items():
         (main.KAGGLE / name).symlink_to(Path(target).absolute())
-    assert load("nothing here") == expected
+    assert fetched == load("nothing here") == [(IMAGES[0].tolist(), n * [3]) for n in (5, 1)]
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     count = 0  # of operators that do any work
@@ -138,8 +136,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def orthogonal(update):  # one kernel's, neither padded nor transposed
     x = update.flatten(1) / update.norm()
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
     return x.view_as(update)
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -197,7 +194,10 @@ def test_killed_run_goes_on_and_ends_in_the_weights_of_a_whole_one(device, capsy
     dry_run(killed)
     out = capsys.readouterr().out
     assert "Epoch 1:" not in out and re.search("(?s)noise.*Epoch 2:.*/500 .*horse.*Best test", out)
+    seeding = Mock(wraps=torch.manual_seed)
+    monkeypatch.setattr(torch, "manual_seed", seeding)
     dry_run(f"{run} 0 --out=~/whole")
+    assert str(seeding.call_args_list) == "[call(4), call(4001), call(4002), call(4003)]"
     assert weights("killed") == weights("whole") and Path("whole/dry-run/curves.png").exists()
 
 @pytest.mark.parametrize("options", [
