@@ -50,11 +50,10 @@ def test_dilated_network_is_the_same_computed_densely():
     assert torch.allclose(few, many[:, :, ::4, ::4], rtol=0, atol=1e-12)
     assert torch.allclose(dilated(x), many.mean((2, 3)), rtol=0, atol=1e-12)
 
-def test_another_block_is_described(capsys):
-    net = main.Net()
-    net.convblock1.append(torchvision.ops.SqueezeExcitation(32, 8))
-    main.describe(net)
-    assert re.search(r"SqueezeExcitation-14 [^@]*Total params: 87,368\n", capsys.readouterr().out)
+def test_another_network_is_described(capsys):
+    main.describe(torchvision.models.resnet18())
+    assert re.search(r"(?s)BasicBlock-66 .*ResNet .*\]11,689,512 .*Trainable params: 11,689,512\n",
+                     capsys.readouterr().out)
 
 def test_augmentations_are_the_assignments_and_independent(monkeypatch):
     text = " ".join(str(transform) for transform in main.AUGMENT)
@@ -136,8 +135,9 @@ def orthogonal(update):  # one kernel's, neither padded nor transposed
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_single_step_is_muons_definition(device):
-    net = main.Net().to(device, memory_format=torch.channels_last)
-    net, optimizer = copy.deepcopy((net, main.Muon(net.parameters(), lr=0.02)))  # a generator
+    net = main.Net().to(memory_format=torch.channels_last)
+    net.tall = torch.nn.Conv2d(10, 200, 3, padding=1)  # a matrix higher than wide
+    net, optimizer = copy.deepcopy((net, main.Muon(net.to(device).parameters(), lr=0.02)))
     net.convblock2.requires_grad_(False)  # frozen after the optimizer was made
     expected = copy.deepcopy(net).requires_grad_(False)
     averages = [torch.zeros_like(p) for p in expected.parameters()]
@@ -202,7 +202,7 @@ def test_killed_run_goes_on_and_ends_in_the_weights_of_a_whole_one(device, capsy
     "--epochs 0", "--batch-size -1", "--lr -1", "--workers -1", "--seed -1", "--device gpu",
     "--lr 1e18", "--out /dev/null", "--resume --dilated"])
 def test_bad_input_gets_one_line_and_nothing_is_lost(options, capsys):
-    Path("dry-run/checkpoint.pt.tmp").mkdir(parents=True)  # as unfit to write to as a full disk
+    Path("dry-run/checkpoint.tmp").mkdir(parents=True)  # as unfit to write to as a full disk
     Path("dry-run/checkpoint.pt").write_text("precious")
     with pytest.raises(SystemExit) as raised:
         dry_run(f"--workers 0 {options}")
