@@ -99,15 +99,15 @@ def test_cifar10_is_found_or_fetched(monkeypatch):
     content = {"data": np.zeros((1, 3072), "uint8"), "labels": [3], "label_names": []}
     for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list, ("batches.meta", "")]:
         (folder / name).write_bytes(pickle.dumps(content))
-    archive = Path(shutil.make_archive("archive", "gztar", "original"))
+    archive = Path(shutil.make_archive("far/down/cifar-10-python", "gztar", "original"))
     def check(path, md5):
         return (Path(path).read_bytes() == archive.read_bytes()) == (md5 == CIFAR10.tgz_md5)
     def download(url, folder, name, md5):
         assert socket.getdefaulttimeout() == 8
-        shutil.copy(url, folder / name)
+        shutil.copy(url, Path("data", name))
     monkeypatch.setattr(utils, "check_md5", check)
     monkeypatch.setattr(utils, "download_url", download)
-    monkeypatch.setattr(main, "KAGGLE", Path("kaggle input"))
+    monkeypatch.setattr(main, "KAGGLE", Path("kaggle"))
     monkeypatch.setattr(main, "URLS", ["missing source"])
     Path("data").mkdir()
     Path("data", CIFAR10.filename).write_bytes(archive.read_bytes() + b"evil")
@@ -116,10 +116,10 @@ def test_cifar10_is_found_or_fetched(monkeypatch):
     assert os.listdir("data") == [CIFAR10.filename] and socket.getdefaulttimeout() is None
     main.URLS.append(archive)
     fetched = load("data")
-    (main.KAGGLE / "far/down").mkdir(parents=True)
-    for name, target in {"circle": ".", "another": ".", "far/down/renamed": folder}.items():
-        (main.KAGGLE / name).symlink_to(Path(target).absolute())
-    assert fetched == load("nothing here") == [((n, 32, 32, 3), n * [3]) for n in (5, 1)]
+    for link, to in {"far/a": ".", "far/b": ".", "kaggle": "far", "renamed": folder}.items():
+        Path(link).symlink_to(to)
+    assert fetched == load("renamed") == load("nothing here")
+    assert fetched == [((n, 32, 32, 3), n * [3]) for n in (5, 1)]
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     count = 0  # of operators that do any work
