@@ -223,7 +223,7 @@ def describe(model, device="cpu"):
     with torch.nn.modules.module.register_module_forward_hook(print_row), torch.no_grad():
         model.eval()(torch.zeros(1, 3, 32, 32, device=device))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = np.array([3072, 2 * outputs, params]) / 2**18  # MiB; params: of the last row, all
+    sizes = np.array([3072, 2 * outputs, params]) / 2**18  # in MiB; params is the last row's
     print("Total params: {:,}\nTrainable params: {:,}\nNon-trainable params: {:,}\n"
           "Input size (MB): {:.2f}\nForward/backward pass size (MB): {:.2f}\n"
           "Params size (MB): {:.2f}\nEstimated Total Size (MB): {:.2f}\n"
