@@ -1,23 +1,23 @@
 """CIFAR-10 with 86,816 parameters: the C1C2C3C40 assignment, answered in one file.
-60 epochs: 90.72 ± 0.20 % of the test images (5 seeds, CPU); 12: 87.35 ± 0.12 % (3 seeds)
-python main.py trains and reports; with --dry-run in seconds, without GPU, dataset or network"""
+60 epochs: 90.72 ± 0.20 % of the test images are right (5 seeds); 12: 87.35 ± 0.12 % (3 seeds).
+python main.py trains and reports; --dry-run takes seconds and no GPU, dataset or internet."""
 import argparse, os, pathlib, random, sys, time, warnings
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Else its import asks PyPI for news.
-warnings.filterwarnings("ignore", r"ShiftScaleRotate|dtype\(\)")  # No user can mend these two.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Its import shall not ask PyPI for news.
+warnings.filterwarnings("ignore", r"ShiftScaleRotate|dtype\(\)")  # No user can mend them.
 import albumentations as A, cv2, numpy as np, torch, torch.nn.functional as F, torchvision, tqdm
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import AvgPool2d, BatchNorm2d, Conv2d, Dropout, ReLU, Sequential
 from torchvision.transforms.v2.functional import normalize
 
 # ------------------------------ Settings ------------------------------
-EPOCHS = 60  # This and the others were chosen on 5,000 images held out of the training set.
+EPOCHS = 60  # This and all below were chosen on 5,000 images held out of the training set.
 BATCH_SIZE = 128
 MUON_LR = 0.02  # at the peak of the cycle; 0.04 was no better
-MUON_DECAY = 0.05  # without it 0.8 % fewer images were right
+MUON_DECAY = 0.05  # without it 0.8 % fewer of the images were right
 MUON_MOMENTUM = 0.95
 SGD_SETTINGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-PEAK = 0.15  # the learning rates rise in this part of all steps, then they fall
-DROPOUT = 0.0  # no other rate was worth it
+PEAK = 0.15  # the part of all steps in which the learning rates rise; then they fall
+DROPOUT = 0.0  # other rates brought nothing
 KAGGLE = pathlib.Path("/kaggle/input")  # Kaggle puts the data there that a notebook has attached.
 CLASSES = "plane car bird cat deer dog frog horse ship truck".split()
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of all training pixels, in 0..1
@@ -41,7 +41,7 @@ class Mirror(torchvision.datasets.CIFAR10):  # The original's server is often sl
 
 def load_images(root):
     """Return (images, labels) to train and to test, uint8 (N, 32, 32, 3) and int64 (N,)."""
-    for source in (Mirror, torchvision.datasets.CIFAR10):  # Both look into the folder root first.
+    for source in (Mirror, torchvision.datasets.CIFAR10):  # Both first look into root.
         try:
             sets = [source(root, train, download=True) for train in (True, False)]
             return [(torch.tensor(part.data), torch.tensor(part.targets)) for part in sets]
@@ -59,10 +59,10 @@ class AugmentedImages(torch.utils.data.TensorDataset):
     """Images, uint8 (N, 32, 32, 3), and labels (N,): a loader gets them in augmented batches."""
     seed = 0  # run gives each epoch its own.
     def __getitems__(self, indices):
-        """Return a batch, with random numbers that do not depend on which worker makes it."""
+        """Return a batch to a loader; its random numbers do not depend on the worker."""
         images, labels = self.tensors
         cv2.setNumThreads(0)  # With 16 threads these small images take 1.8 times the work.
-        seeds = (self.seed, indices[0])  # Seeds for each image would take 1.6 times as long.
+        seeds = (self.seed, indices[0])  # Seeds for each image would take 1.6 times the work.
         AUGMENT.set_random_state(np.random.default_rng(seeds), random.Random(repr(seeds)))
         augmented = [AUGMENT(image=image)["image"] for image in images.numpy()[indices]]
         return list(zip(augmented, labels[indices]))
@@ -86,10 +86,10 @@ class DepthwiseSeparable(Sequential):
                          Conv2d(inputs, outputs, kernel_size=1))
 
 class Net(Sequential):
-    """C1C2C3C40, block after block: images (N, 3, 32, 32) or larger to logits (N, 10)."""
+    """C1C2C3C40, block after block: images (N, 3, 32, 32) to logits (N, 10)."""
     def __init__(self, *, dilated=False):
         super().__init__()
-        stride, rate1, rate2 = (1, 2, 4) if dilated else (2, 1, 1)  # dilation for stride (Yu 2017)
+        stride, rate1, rate2 = (1, 2, 4) if dilated else (2, 1, 1)  # Dilation replaces stride.
         self.convblock1 = Sequential(conv3x3(3, 32), *norm_relu(32),
                                      conv3x3(32, 32), *norm_relu(32))
         self.transblock1 = Sequential(conv3x3(32, 32, stride), *norm_relu(32))  # to 16x16
@@ -97,24 +97,24 @@ class Net(Sequential):
         self.transblock2 = Sequential(DepthwiseSeparable(64, 64, stride, rate1), *norm_relu(64))
         self.convblock3 = Sequential(DepthwiseSeparable(64, 128, dilation=rate2), *norm_relu(128),
                                      Conv2d(128, 32, kernel_size=1, bias=False), *norm_relu(32))
-        self.transblock3 = Sequential(  # from 8x8 to 6x6 to 4x4, since it is padded by too little
+        self.transblock3 = Sequential(  # Padded by half the dilation, 8x8 becomes 6x6, then 4x4.
             Conv2d(32, 32, 3, padding=rate2, dilation=2 * rate2, bias=False),
             Conv2d(32, 32, 3, padding=rate2, dilation=2 * rate2, bias=False), *norm_relu(32))
         self.convblock4 = Sequential(conv3x3(32, 32, dilation=rate2), ReLU(),
                                      conv3x3(32, 10, dilation=rate2))
-        self.gap = AvgPool2d(4 * rate2)  # global average pooling
+        self.gap = AvgPool2d(4 * rate2)  # global average pooling, over the whole map
     def forward(self, x):
         for block in self:
             x = block(x)
-        return x.mean((2, 3))  # gap leaves one value, but more than one of a larger image.
+        return x.mean((2, 3))  # gap leaves one value of 32x32 pixels, more of a larger image.
 
 # ------------------------------ Optimizer, training and testing ------------------------------
 def orthogonalize_(updates):
-    """Bring updates' singular values, as matrices, to 0.7 to 1.2 (tiny ones less), in place."""
+    """Bring updates' singular values, as matrices, to about 1 (tiny ones less far), in place."""
     matrices = [update.flatten(1) for update in updates]
     height, width = np.max([matrix.shape for matrix in matrices], axis=0)
     batch = torch.stack([F.pad(matrix, (0, width - matrix.shape[1], 0, height - len(matrix)))
-                         for matrix in matrices])  # A GPU gets few calls; the zeros stay zero.
+                         for matrix in matrices])  # One batch saves a GPU calls.
     batch = F.normalize(batch, dim=(1, 2))
     for _ in range(5):  # Newton-Schulz: 3.4445 s - 4.7750 s³ + 2.0315 s⁵ of a singular value s
         gram = batch @ batch.mT
@@ -140,7 +140,7 @@ class MuonWithSGD(torch.optim.SGD):  # torch.optim.Muon takes only matrices: pyt
             average = self.state[kernel].setdefault("average", torch.zeros_like(kernel))
             average.lerp_(kernel.grad, 1 - MUON_MOMENTUM)
             kernel.grad.lerp_(average, MUON_MOMENTUM)  # Nesterov's momentum
-            # Only a 1x1 kernel may be tall; its transpose keeps the batch of all matrices low.
+            # The transpose of a tall 1x1 kernel saves the batch of all kernels more rows of zeros.
             is_tall = kernel.shape[2:] == (1, 1) and kernel.shape[0] > kernel.shape[1]
             updates.append(kernel.grad.transpose(0, 1) if is_tall else kernel.grad)
         if updates:
@@ -148,7 +148,7 @@ class MuonWithSGD(torch.optim.SGD):  # torch.optim.Muon takes only matrices: pyt
         super().step()
 
 def report(name, logits, labels):
-    """Print and return a set's mean loss and accuracy (%); return that of each class, too."""
+    """Print and return mean loss and accuracy (%); return each class's accuracy, too."""
     loss = F.cross_entropy(logits.float(), labels).item()
     hits = (logits.argmax(1) == labels).double()
     accuracy = 100 * hits.mean().item()
@@ -173,7 +173,7 @@ def train(model, loader, optimizer, scheduler, device):
         scheduler.step()  # after every batch, not every epoch
         all_logits.append(logits.detach())
         all_labels.append(labels)
-        if batch_id % 30 == 0 and not bar.disable:  # seldom, because it waits for the GPU
+        if batch_id % 30 == 0 and not bar.disable:  # seldom, since it waits for the GPU
             accuracy = 100 * (logits.argmax(1) == labels).float().mean()
             bar.set_description(f"Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}")
     seconds = time.perf_counter() - start
@@ -188,7 +188,7 @@ def test(model, images, labels, device):
 
 # ------------------------------ Reports and pictures ------------------------------
 def describe(model, device="cpu"):
-    """Print model as torchsummary and torchscan do, with its receptive field in pixels."""
+    """Print model like torchsummary and torchscan, with its receptive field in pixels."""
     outputs = []
     def record(layer, inputs, output):
         if layer is not model and type(layer) is not Sequential:
@@ -209,7 +209,7 @@ def describe(model, device="cpu"):
             jump *= np.max(layer.stride)
         if not list(layer.children()):
             weight = getattr(layer, "weight", None)
-            inputs = 0 if weight is None else weight.shape[1:].numel()  # of one value
+            inputs = 0 if weight is None else weight.shape[1:].numel()  # to one value
             macs += size * inputs
             dmas += size * max(inputs, 1) + params + size  # inputs and weights read, values written
         print(f"{names[layer]:15} {type(layer).__name__:18} {[*shape]!s:>17}{params:8,}{field:17}")
@@ -224,7 +224,7 @@ def describe(model, device="cpu"):
 
 def draw_curves(history, path):
     """Write a picture of loss and accuracy (%) by epoch: training in blue, test in red."""
-    picture = Image.new("RGB", (2400, 800), "white")  # At the end it is halved: smooth lines.
+    picture = Image.new("RGB", (2400, 800), "white")  # It is halved in the end, for smooth lines.
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(24)
     for left, name, top in ((120, "loss", 2.5), (1320, "accuracy", 100)):
@@ -235,7 +235,7 @@ def draw_curves(history, path):
             draw.text((left - 80, y - 14), f"{top * tick / 10:g}", "black")
         x = np.linspace(left, left + 1000, len(history))
         for part, color in (("train", "blue"), ("test", "red")):
-            values = np.fmin([row[part][name] for row in history], top)  # nan becomes top
+            values = np.fmin([row[part][name] for row in history], top)  # nan goes to the top, too
             points = list(zip(x, 720 - 640 * values / top))
             draw.line(points, color, 4)
             draw.circle(points[-1], 8, color)
@@ -243,18 +243,18 @@ def draw_curves(history, path):
 
 # ------------------------------ Run ------------------------------
 def save_checkpoint(path, settings, history, parts):
-    """Write all that a resume needs. A run that is killed meanwhile leaves the older file whole."""
+    """Write all that a resume needs; a run that is killed meanwhile leaves the last file whole."""
     states = {name: part.state_dict() for name, part in parts.items()}
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:  # Of a path, torch.save would not say that a disk is full.
+    with open(temporary, "wb") as file:  # To a path, a full disk is no OSError.
         torch.save({"settings": settings, "history": history, **states}, file)
     os.replace(temporary, path)
 
 def restore(path, settings, parts):
-    """Load a checkpoint into parts and return its history; exit if it has other settings."""
+    """Load a checkpoint into parts and return its history; exit if its settings differ."""
     checkpoint = torch.load(path, map_location="cpu")
     if checkpoint["settings"] != settings:
-        sys.exit(f"main.py: error: {path} is of {checkpoint['settings']}: use another --out")
+        sys.exit(f"main.py: error: {path} has other options or rates: use another --out")
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
     return checkpoint["history"]
@@ -265,7 +265,7 @@ def run(args, out):
     torch.backends.cudnn.deterministic = True  # The same GPU gives the same weights again.
     train_data, test_data = noise_images() if args.dry_run else load_images(args.data)
     train_set = AugmentedImages(*train_data)
-    fork = "fork" if args.workers and sys.platform == "linux" else None  # sees a notebook's classes
+    fork = "fork" if args.workers and sys.platform == "linux" else None  # A notebook needs it.
     loader = torch.utils.data.DataLoader(train_set, args.batch_size, shuffle=True,
                                          num_workers=args.workers, multiprocessing_context=fork)
     model = Net(dilated=args.dilated).to(args.device)
@@ -273,9 +273,9 @@ def run(args, out):
     optimizer = MuonWithSGD(model.parameters(), args.lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], args.epochs * len(loader),
-        pct_start=PEAK, anneal_strategy="linear", cycle_momentum=False)  # It would change SGD's.
+        pct_start=PEAK, anneal_strategy="linear", cycle_momentum=False)  # SGD's momentum stays.
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    settings = {name: vars(args)[name] for name in "epochs batch_size lr seed dilated".split()}
+    settings = [args.epochs, args.batch_size, args.seed, args.dilated, str(optimizer)]
     history = []
     if args.resume and (out / "checkpoint.pt").exists():
         history = restore(out / "checkpoint.pt", settings, parts)
@@ -313,18 +313,18 @@ def main(argv=()):
     add("--batch-size", type=int, default=BATCH_SIZE, help="images a step")
     add("--lr", type=float, default=MUON_LR, help="Muon's peak learning rate")
     add("--seed", type=int, default=0, help="seeds weights, order and augmentations")
-    add("--workers", type=int, default=min(torch.get_num_threads(), 4), help="that augment images")
+    add("--workers", type=int, default=min(torch.get_num_threads(), 4), help="augmenting processes")
     add("--device", choices=devices, default=devices[0], help="where to train")
     add("--data", type=os.path.expanduser, default=data, help="folder that has or gets CIFAR-10")
     add("--out", type=os.path.expanduser, default=".", help="folder of pictures and checkpoint")
-    add("--dilated", action="store_true", help="dilate kernels instead of every stride (bonus)")
-    add("--resume", action="store_true", help="go on after the last whole epoch of --out's run")
+    add("--dilated", action="store_true", help="dilation instead of every stride (bonus)")
+    add("--resume", action="store_true", help="go on after the last whole epoch in --out, if any")
     add("--dry-run", action="store_true", help="all of it in seconds, on noise, in --out/dry-run")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.lr, args.workers + 1, args.seed + 1) <= 0:
+    if not min(args.lr, args.epochs, args.batch_size, args.workers + 1, args.seed + 1) > 0:
         parser.error("--epochs, --batch-size, --lr must be above 0, --workers, --seed not below")
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    out = pathlib.Path(args.out, "dry-run" if args.dry_run else "")  # No real run is overwritten.
+    out = pathlib.Path(args.out, "dry-run" if args.dry_run else "")  # It overwrites no real run.
     try:
         print(f"PyTorch {torch.__version__}, {gpu}, {args}")
         out.mkdir(parents=True, exist_ok=True)
@@ -337,4 +337,4 @@ def main(argv=()):
 
 IN_NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")  # Jupyter's, Kaggle's, Colab's, VS Code's
 if __name__ == "__main__":
-    main([] if IN_NOTEBOOK else sys.argv[1:])
+    main([] if IN_NOTEBOOK else sys.argv[1:])  # A notebook's options go into [].
