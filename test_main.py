@@ -1,7 +1,8 @@
 """Tests of main.py, without GPU, dataset or network. Run: python -m pytest"""
 import os, pathlib, pickle, re, shutil, subprocess, sys, textwrap
 os.environ["OMP_NUM_THREADS"] = "1"  # More threads only wait for each other here.
-import main, pytest, torch
+import main, numpy as np, pytest, torch
+from PIL import Image
 from torch.testing import assert_close
 from torchvision.datasets import CIFAR10, utils
 from unittest.mock import Mock
@@ -26,6 +27,7 @@ def test_shapes_parameters_and_receptive_fields(capsys):
         gradient, = torch.autograd.grad(x[0, 0, middle, middle], image, retain_graph=True)
         reached = gradient[0, 0].any(0).sum()
         assert re.findall(f"{name}.* (.+)\n", table)[-1] == f"{reached}"
+    assert net(image).shape == (1, 10)  # although it is larger than 32x32
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_single_step_learns_from_its_batch(device):
@@ -135,8 +137,8 @@ def test_killed_run_goes_on_and_ends_in_the_weights_of_a_whole_one(device, monke
     assert_close(killed["model"], whole["model"], rtol=0, atol=0)
 
 @pytest.mark.parametrize("options, reason", [
-    ("--lr 0", "above 0"), ("--dry", "unrecognized"), ("--out /dev/null", "/dev/null"),
-    ("--resume", "another --out"), ("", ".tmp")])
+    ("--epochs 0", "above 0"), ("--lr nan", "above 0"), ("--dry", "unrecognized"),
+    ("--out /dev/null", "/dev/null"), ("--resume", "another --out"), ("", ".tmp")])
 def test_bad_input_gets_one_line_and_nothing_is_lost(options, reason, capsys):
     os.makedirs("dry-run/checkpoint.tmp")  # so that no checkpoint can be written
     torch.save({"settings": "precious"}, "dry-run/checkpoint.pt")
@@ -145,6 +147,13 @@ def test_bad_input_gets_one_line_and_nothing_is_lost(options, reason, capsys):
     line = f"{capsys.readouterr().err}{raised.value}"
     assert re.search(f"main.py: error: .*{reason}", line)
     assert torch.load("dry-run/checkpoint.pt")["settings"] == "precious"
+
+def test_curves_show_a_single_epoch_and_stay_in_their_frame():
+    history = [{"train": {"loss": 1e9, "accuracy": 50}, "test": {"loss": np.nan, "accuracy": 0}}]
+    main.draw_curves(history, "curves.png")
+    picture = Image.open("curves.png")
+    pixels = [picture.getpixel(xy) for xy in ((60, 40), (660, 200), (660, 360), (60, 30))]
+    assert pixels == [(255, 0, 0), (0, 0, 255), (255, 0, 0), (255, 255, 255)]
 
 def test_cifar10_comes_from_the_mirror_and_is_checked(monkeypatch):
     os.mkdir(CIFAR10.base_folder)
