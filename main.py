@@ -275,7 +275,7 @@ def run(args, out):
         optimizer, [group["lr"] for group in optimizer.param_groups], args.epochs * len(loader),
         pct_start=PEAK, anneal_strategy="linear", cycle_momentum=False)  # SGD's momentum stays.
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    settings = [args.epochs, args.batch_size, args.seed, args.dilated, str(optimizer)]
+    settings = args.epochs, args.batch_size, args.seed, args.dilated, MUON_MOMENTUM, str(optimizer)
     history = []
     if args.resume and (out / "checkpoint.pt").exists():
         history = restore(out / "checkpoint.pt", settings, parts)
