@@ -1,6 +1,6 @@
 """Tests of main.py, without GPU, dataset or network. Run: python -m pytest"""
 import copy, os, pathlib, re, subprocess, sys
-import main, albumentations as A, cv2, pytest, torch  # main first, so that nothing asks PyPI
+import main, albumentations as A, cv2, pytest, torch  # main first: then nothing asks PyPI
 from torch.nn import Flatten, Linear, Parameter, Sequential
 from torch.testing import assert_close
 from unittest.mock import Mock
@@ -55,7 +55,7 @@ def test_augmentations_have_the_assignments_values():
     assert re.search(r"(?s)Horiz.*ShiftS.*Coarse.*ToGray.*], p=1.0", str(main.AUGMENT))
     for transform, values in zip(main.AUGMENT, expected, strict=True):
         assert vars(transform).items() >= values.items()
-    x = main.to_input(torch.arange(200, 212).view(1, 2, 2, 3), "cpu")
+    x = main.to_input(torch.arange(200, 212).view(1, 2, 2, 3), "cpu")  # lower left: 206, 207, 208
     assert x[0, :, 1, 0].tolist() == pytest.approx([1.2811, 1.3534, 1.4112], abs=1e-4)
 
 def test_augmentations_are_random_and_keep_labels(monkeypatch):
@@ -76,7 +76,7 @@ def test_augmentations_are_random_and_keep_labels(monkeypatch):
         seen.append(flipped_twice)
 
 def test_loss_and_accuracy_are_means_over_all_images(monkeypatch):
-    monkeypatch.setattr(main, "AUGMENT", None)  # Neither of the two may augment.
+    monkeypatch.setattr(main, "AUGMENT", None)  # To augment here would be an error.
     net = Sequential(Flatten(), Linear(12, 10, bias=False)).eval()
     net[1].weight.data.zero_()  # All its logits are 0, and the first class is its answer.
     images = torch.zeros(1500, 2, 2, 3)
@@ -102,7 +102,7 @@ def test_muon_is_its_definition_and_sgd_takes_the_rest(shape):
     average = 0
     for _ in range(3):
         kernel.grad = torch.randn_like(kernel)
-        average = 0.95 * average + kernel.grad  # 20 times main's; the norm undoes it.
+        average = 0.95 * average + kernel.grad  # It is 20 times main's, which the norm undoes.
         update = 0.95 * average + kernel.grad
         u, s, vt = torch.linalg.svd(update.flatten(1) / update.norm(), full_matrices=False)
         for _ in range(5):
@@ -125,14 +125,14 @@ def test_killed_run_goes_on_and_ends_in_the_weights_of_a_whole_one(monkeypatch):
     net, loader, _, scheduler, _ = main.train.call_args.args  # of the last epoch
     assert loader.dataset.seed == 4003 and "RandomSampler" in str(loader.sampler)
     assert scheduler.last_epoch == scheduler.total_steps and torch.backends.cudnn.deterministic
-    killed = torch.load("killed/dry-run/checkpoint.pt")
+    killed = torch.load("killed/dry-run/checkpoint.pt")  # --resume compares its settings.
     assert_close(killed["model"], net.state_dict(), rtol=0, atol=0)
     assert re.search(r"3, 100, 4, False, 0.95, .*max_lr: 0.03\D.*max_lr: 0.1\D.*momentum: 0.9\D"
                      r".*nesterov: True.*weight_decay: 0.0005\D", str(killed["settings"]))
 
 @pytest.mark.parametrize("options, reason", [
     ("--epochs 0", "above"), ("--dry", "unrecognized"), ("--resume", "another --out"),
-    ("", ".tmp.*Test set: .*/500 ")])  # An epoch before it tested 500 images.
+    ("", ".tmp.*Test set: .*/500 ")])  # An epoch runs before and tests on 500 images.
 def test_bad_input_is_explained_and_nothing_is_lost(options, reason, capsys):
     os.makedirs("dry-run/checkpoint.tmp")  # so that no checkpoint can be written
     torch.save({"settings": "precious"}, "dry-run/checkpoint.pt")
